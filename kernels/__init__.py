@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: tensors that exist in, tensors that exist filled."""

@@ -1,0 +1,1 @@
+"""Public ops, one family per file; _dispatch decides which implementation runs."""
