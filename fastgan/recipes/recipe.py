@@ -69,8 +69,9 @@ class Recipe(nn.Module, abc.ABC):
     """Networks and the losses that train them.
 
     A subclass is constructed from its config alone, on the CPU, with weights drawn from torch's
-    default generator, and registers its networks as submodules. Parameters that no phase owns
-    (a frozen feature extractor) must have ``requires_grad=False``.
+    default generator, and registers as submodules and buffers what a checkpoint holds: its
+    networks, its state. What only training needs and a checkpoint does not hold (a frozen feature
+    extractor, whose parameters have ``requires_grad=False``) is added by `begin_training`.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,9 @@ class Recipe(nn.Module, abc.ABC):
     def __init__(self, config: RecipeConfig) -> None:
         super().__init__()
         self.config = config
+
+    def begin_training(self) -> None:  # noqa: B027 (most recipes need nothing here)
+        """Add frozen extractors and the like; called once, on the CPU, before the first step."""
 
     @abc.abstractmethod
     def networks(self, phase: str) -> Sequence[nn.Module]:
