@@ -52,7 +52,10 @@ def content_loss(features: Tensor, targets: Tensor, reduction: str = "mean") -> 
 
 def instance_stats(x: Tensor, eps: float = 1e-5, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Mean and ``sqrt(var + eps)`` of each plane. [B,C,...] -> two tensors [B,C]."""
-    variance, mean = torch.var_mean(widen(x).flatten(2), dim=2, correction=correction)
+    flat = widen(x).flatten(2)
+    if flat.numel() == 0:  # torch warns about the degrees of freedom of no planes at all
+        return flat.sum(2), flat.sum(2)
+    variance, mean = torch.var_mean(flat, dim=2, correction=correction)
     return mean, (variance + eps).sqrt()
 
 

@@ -218,7 +218,8 @@ def adain_style_loss(
     """
     op = "adain_style_loss"
     feature_list = _checks.layers(op, "features", features)
-    target_list: list[Any] = [target_stats] if _is_stats(target_stats) else list(target_stats)
+    one_layer = _is_stats(target_stats)
+    target_list = [target_stats] if one_layer else _checks.layers(op, "target_stats", target_stats)
     _checks.equally_long(op, "target_stats", target_list, "features", feature_list)
     weight_list = _checks.layer_weights(op, weights, "features", len(feature_list))
     for i, (x, stats) in enumerate(zip(feature_list, target_list, strict=True)):
