@@ -1,0 +1,54 @@
+# `make demo` and `make test` set everything up by themselves, on a machine with Python >= 3.10 and
+# a C++ compiler. The gpu- targets use the Python that is already there, with its torch and Triton.
+
+SYSTEM_PYTHON ?= python3
+GPU_PYTHON ?= python3
+PYTHON := .venv/bin/python
+PIP_INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
+PYTEST_ARGS ?=
+
+.PHONY: help
+help:
+	@echo "make demo       train a small model on bundled photographs, write demo/grid.png"
+	@echo "make test       run the tests (PYTEST_ARGS='-k gram' narrows them)"
+	@echo "make lint       ruff, mypy, import directions"
+	@echo "make bench      CPU benchmarks, report and plots"
+	@echo "make gpu-test   every test on a GPU, with compute-sanitizer (GPU_PYTHON=python3)"
+	@echo "make gpu-bench  GPU benchmarks; PART=gram runs one family"
+	@echo "make clean      remove .venv and everything built"
+
+# --- Set-up -------------------------------------------------------------------------------------
+
+.venv/.dependencies: constraints.txt
+	$(SYSTEM_PYTHON) -m venv .venv
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) setuptools wheel ninja pybind11 numpy torch torchvision
+	touch $@
+
+.venv/.installed: .venv/.dependencies pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[train,export,demo,dev]'
+	touch $@
+
+.PHONY: setup
+setup: .venv/.installed
+
+.PHONY: clean
+clean:
+	rm -rf .venv build dist demo fastgan/_C*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# --- Everyday -----------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: setup
+	$(PYTHON) -m fastgan.cli demo
+
+.PHONY: test
+test: setup
+	$(PYTHON) -m pytest --numprocesses auto $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	.venv/bin/lint-imports --no-logo
