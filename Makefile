@@ -52,3 +52,13 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-logo
+
+# --- On a GPU, with the Python, torch and Triton that are there ---------------------------------
+
+.PHONY: gpu-install
+gpu-install:
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+.PHONY: gpu-test
+gpu-test: gpu-install
+	$(GPU_PYTHON) tests/run_gpu.py

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 
 import fastgan as fg
+from tolerances import assert_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+
 from triton_harness import (
     INTERPRETED,
     compile_launches,
