@@ -92,7 +92,7 @@ class Recipe(nn.Module, abc.ABC):
         super().__init__()
         self.config = config
 
-    def begin_training(self) -> None:  # noqa: B027 (most recipes need nothing here)
+    def begin_training(self) -> None:
         """Add frozen extractors and the like; called once, on the CPU, before the first step."""
 
     @abc.abstractmethod

@@ -1,0 +1,243 @@
+"""The command line: ``fastgan train | stylize | demo | env``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fastgan
+
+if TYPE_CHECKING:
+    from fastgan.recipes import Recipe
+    from fastgan.training.config import TrainConfig
+
+_USAGE = """\
+usage: fastgan COMMAND ...
+
+  train RECIPE   train on two folders of pictures
+  stylize        render pictures in the style of another with a trained model
+  demo           train a small model on bundled photographs and show what it does
+  env            versions, devices, live implementations: the text for a bug report
+
+fastgan COMMAND --help shows the flags of a command; fastgan --version the version."""
+
+_OF_EXTRA = {
+    **dict.fromkeys(("PIL", "safetensors", "tensorboard", "torchvision", "tqdm", "tyro"), "train"),
+    **dict.fromkeys(("matplotlib", "pooch", "skimage"), "demo"),
+}
+
+
+class UsageError(Exception):
+    """The arguments do not serve; one line that says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code.
+
+    0: done; 2: wrong arguments; 1: failed on the way; 128 + N: ended by signal N.
+    """
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    if command == "--version":
+        print(fastgan.__version__)
+        return 0
+    if command not in _COMMANDS:
+        return _fail(2, f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
+    try:
+        return _COMMANDS[command](rest)
+    except UsageError as error:
+        return _fail(2, str(error))
+    except ImportError as error:
+        extra = _OF_EXTRA.get((error.name or "").partition(".")[0])
+        if extra is not None:
+            return _fail(1, f"{command} needs {error.name}: pip install 'fastgan[{extra}]'")
+        if "pip install" in str(error):
+            return _fail(1, str(error))
+        raise
+    except SystemExit as end:  # tyro printed help, or what is wrong with a flag
+        return end.code if isinstance(end.code, int) else 2
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    from fastgan.checkpoint import CheckpointError
+    from fastgan.recipes import RECIPES, recipe_class
+    from fastgan.training import Trainer, TrainingError, TrainingInterrupted
+    from fastgan.training.config import TrainConfig
+
+    names = ", ".join(name.replace("_", "-") for name in RECIPES)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: fastgan train RECIPE ...\n\nrecipes: {names}\n\n"
+            "fastgan train RECIPE --help shows the flags"
+        )
+        return 0
+    name, *flags = arguments
+    _log_to_stderr()
+    with _usage_errors():
+        recipe = recipe_class(name)
+        config = tyro.cli(
+            TrainConfig,
+            prog=f"fastgan train {name}",
+            description=f"{_first_line(recipe)} Presets: {', '.join(recipe.presets)}.",
+            default=_starting_config(recipe, flags),
+            args=flags,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        )
+        trainer = Trainer(recipe, config, progress=True)
+    try:
+        trainer.train()
+    except TrainingInterrupted as error:
+        return _fail(128 + error.signum, str(error))
+    except (TrainingError, CheckpointError) as error:
+        return _fail(1, str(error))
+    run = config.output.out
+    print(
+        f"{trainer.step} steps: {run}/latest.safetensors, {run}/samples, {run}/losses.jsonl\n"
+        f"look: tensorboard --logdir {run}\n"
+        f"use:  fastgan stylize --checkpoint {run} --content PHOTO --style STYLE --out OUT.png"
+    )
+    return 0
+
+
+def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
+    """What the flags are laid over: the config of the run to resume, else the preset's."""
+    import tyro
+
+    from fastgan.checkpoint import read_header
+    from fastgan.training.config import Output, Pictures, preset_config
+    from fastgan.training.run_folder import RunFolder
+    from fastgan.training.trainer import training_config
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
+    early.add_argument("--out", type=Path)
+    early.add_argument("--resume", action="store_true")
+    given, _ = early.parse_known_args(flags)
+    path = RunFolder(given.out).newest() if given.resume and given.out else None
+    if path is None:
+        return preset_config(
+            recipe,
+            given.preset,
+            Pictures(content=tyro.MISSING, style=tyro.MISSING),
+            Output(out=tyro.MISSING),
+        )
+    config = training_config(read_header(path), recipe, path)
+    if given.preset not in (None, config.preset):
+        raise ValueError(f"preset: {given.out} was begun with {config.preset}, got {given.preset}")
+    return dataclasses.replace(
+        config, output=dataclasses.replace(config.output, resume=False, overwrite=False)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _StylizeFlags:
+    """Render pictures in the style of another picture; each keeps its size."""
+
+    checkpoint: Path
+    """A checkpoint, or the folder of a run."""
+    content: tuple[Path, ...]
+    """Pictures and folders of pictures to render."""
+    style: Path
+    """The picture whose style they take on."""
+    out: Path
+    """A picture for one result, else a folder, where results keep the names of the content."""
+    alpha: float = 1.0
+    """Strength of the style, 0 to 1."""
+    device: str | None = None
+    """cpu, cuda, mps; None: a GPU if there is one."""
+
+
+def _stylize(arguments: list[str]) -> int:
+    import tyro
+
+    from fastgan.inference import stylize
+
+    flags = tyro.cli(
+        _StylizeFlags,
+        prog="fastgan stylize",
+        args=arguments,
+        config=(tyro.conf.DisallowNone,),
+    )
+    _log_to_stderr()
+    with _usage_errors():
+        written = stylize(
+            flags.checkpoint,
+            flags.content,
+            flags.style,
+            flags.out,
+            alpha=flags.alpha,
+            device=flags.device,
+            progress=True,
+        )
+    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
+    return 0
+
+
+def _env(arguments: list[str]) -> int:
+    from fastgan import env
+
+    if arguments:
+        raise UsageError(f"env takes no arguments, got {' '.join(arguments)}")
+    env.main()
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "stylize": _stylize,
+    "env": _env,
+}
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What the arguments brought about is told in one line."""
+    from fastgan.checkpoint import CheckpointError
+    from fastgan.images import ImageError
+
+    try:
+        yield
+    except (ValueError, OSError, CheckpointError, ImageError) as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            raise UsageError(f"{error.filename}: {error.strerror}") from error
+        raise UsageError(str(error)) from error
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def _log_to_stderr() -> None:
+    """Log lines go above a progress bar, not through it."""
+    from tqdm import tqdm
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+            tqdm.write(f"fastgan: {level}{self.format(record)}", file=sys.stderr)
+
+    logger = logging.getLogger("fastgan")
+    if not logger.handlers:
+        logger.addHandler(Lines())
+        logger.setLevel(logging.INFO)
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"fastgan: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Which device, and which precision on it, when the user leaves the choice open."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+
+
+def choose_device(requested: str | None = None) -> torch.device:
+    """The device asked for, or the accelerator of this machine, or the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if requested is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(requested)
+        torch.empty((), device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {requested!r} cannot be used here: {reason}") from None
+    return device
+
+
+def choose_precision(requested: Precision | None, device: torch.device) -> Precision:
+    """The precision asked for; else bf16 on GPUs of capability 8.0 on, fp16 below, fp32 elsewhere.
+
+    `torch.cuda.is_bf16_supported` would count emulation, so the capability is what is asked.
+    """
+    if requested is not None:
+        return requested
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

@@ -1,0 +1,168 @@
+"""The config tree of a training run. Every field is a command-line flag of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastgan.device import Precision
+from fastgan.recipes import Recipe, RecipeConfig
+from fastgan.recipes.serialize import from_json, to_json
+from fastgan.training.data import Augmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Where the pictures are and how they are read; folders are searched at any depth."""
+
+    content: Path
+    """Folder of content pictures."""
+    style: Path
+    """Folder of style pictures."""
+    workers: int = 4
+    """Processes that read pictures; 0 reads them in the training process."""
+    strict: bool = False
+    """Stop at a file that is no readable picture instead of skipping it."""
+
+    def __post_init__(self) -> None:
+        _require("workers", self.workers, at_least=0)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """By domain."""
+        return {"content": self.content, "style": self.style}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long and how."""
+
+    steps: int | None = None
+    """Updates in all, those before a resume included; None: as many as the recipe wants."""
+    batch_size: int = 8
+    """Pictures of each kind per update."""
+    ema_decay: float = 0.999
+    """Decay of the running average of the generator's weights, which inference uses; 0 is none."""
+    seed: int = 0
+    """Decides the initial weights, the order of the pictures and their crops."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; None: a GPU if there is one."""
+    precision: Precision | None = None
+    """Autocast to bf16 or fp16, or none (fp32). None: bf16 on GPUs with tensor cores for it, fp16
+    on older ones, fp32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            _require("steps", self.steps, at_least=1)
+        _require("batch_size", self.batch_size, at_least=1)
+        _require("seed", self.seed, at_least=0)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What is written, where and when."""
+
+    out: Path
+    """Folder of the run: checkpoints, sample grids, losses, TensorBoard events."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step is saved as well."""
+    keep: int = 3
+    """Checkpoints to keep; the oldest are deleted. 0 keeps all."""
+    sample_every: int = 500
+    """Steps between sample grids."""
+    log_every: int = 50
+    """Steps between readings of the losses."""
+    resume: bool = False
+    """Go on from the run's last checkpoint, with its settings where no flag says otherwise."""
+    overwrite: bool = False
+    """Delete the run that the folder holds and start anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "sample_every", "log_every"):
+            _require(name, getattr(self, name), at_least=1)
+        _require("keep", self.keep, at_least=0)
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that decides a training run, next to the choice of its recipe."""
+
+    preset: str | None = None
+    """Settings to begin with; the flags below show its values and win over them."""
+    pictures: Pictures
+    output: Output
+    training: Training = dataclasses.field(default_factory=Training)
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    recipe: RecipeConfig
+    """Networks, losses and learning rates."""
+
+
+def preset_config(
+    recipe: type[Recipe], preset: str | None, pictures: Pictures, output: Output
+) -> TrainConfig:
+    """The config that `preset` (default: the recipe's first) stands for."""
+    name = next(iter(recipe.presets)) if preset is None else preset
+    if name not in recipe.presets:
+        raise ValueError(
+            f"unknown preset {name!r} of {recipe.name}; known: {', '.join(recipe.presets)}"
+        )
+    chosen = recipe.presets[name]
+    return TrainConfig(
+        pictures=pictures,
+        output=output,
+        recipe=chosen.config,
+        training=Training(batch_size=chosen.batch_size),
+        augmentation=Augmentation(size=chosen.size, resize=chosen.resize),
+        preset=name,
+    )
+
+
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint and ``config.json`` hold."""
+    values: dict[str, Any] = to_json(config)
+    return values
+
+
+def config_from_json(recipe: type[Recipe], values: Any) -> TrainConfig:
+    """Inverse of `config_to_json`.
+
+    Raises:
+        ValueError: a field is unknown (a newer fastgan wrote it), missing or of another type.
+    """
+    if not isinstance(values, dict) or "recipe" not in values:
+        raise ValueError(f"config: expected an object with a recipe, got {values!r}")
+    networks = from_json(recipe.config_class, values["recipe"], "config.recipe")
+    return dataclasses.replace(
+        from_json(TrainConfig, {**values, "recipe": {}}, "config"), recipe=networks
+    )
+
+
+def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """``section.field: old -> new`` of every field that decides what is learned and differs."""
+    old, new = _flat(config_to_json(before)), _flat(config_to_json(now))
+    return [
+        f"{name}: {old.get(name)} -> {value}"
+        for name, value in new.items()
+        if value != old.get(name) and name not in _NO_MATTER and not name.startswith("output.")
+    ]
+
+
+_NO_MATTER = {"training.steps", "pictures.workers", "pictures.strict", "preset"}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}" if isinstance(fields, dict) else section: value
+        for section, fields in values.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
+    }
+
+
+def _require(name: str, value: int, *, at_least: int) -> None:
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")

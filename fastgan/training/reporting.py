@@ -1,0 +1,138 @@
+"""What a person sees of a training run: progress bar, losses, sample grids, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fastgan.images import to_uint8
+
+_TITLE_HEIGHT = 16  # pixels; PIL's built-in font is 11 high
+
+
+class Reporter:
+    """Writes into the folder of a run: ``losses.jsonl``, ``samples/``, TensorBoard events.
+
+    Pictures are encoded and written by a thread of its own, so that training does not wait.
+    """
+
+    def __init__(self, run: Path, *, start: int, steps: int, progress: bool) -> None:
+        self._losses = run / "losses.jsonl"
+        self._samples = run / "samples"
+        self._samples.mkdir(exist_ok=True)
+        _keep_lines_until(self._losses, start)
+        self._board = SummaryWriter(str(run), purge_step=start + 1)
+        self._bar = tqdm(
+            total=steps, initial=start, disable=not progress, dynamic_ncols=True, unit="step"
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._writing: Future[None] | None = None
+        self._clock = Clock(start)
+
+    def step(self) -> None:
+        """One step was started."""
+        self._bar.update()
+
+    def log(
+        self,
+        step: int,
+        losses: Mapping[str, float],
+        others: Mapping[str, float],
+        pictures_per_step: int,
+    ) -> None:
+        """Both are means over the steps since the last call; the bar shows the losses alone."""
+        speed = self._clock.lap(step) * pictures_per_step
+        values = {**losses, **others, "images_per_second": speed}
+        with self._losses.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        shown = " ".join(f"{name.partition('/')[2]} {loss:.3g}" for name, loss in losses.items())
+        self._bar.set_postfix_str(f"{speed:.1f} images/s, {shown}")
+
+    def samples(self, step: int, columns: Mapping[str, Tensor]) -> None:
+        """Writes the grid of `columns` as ``samples/step_<N>.png``, and to TensorBoard."""
+        on_host = {title: pictures.float().cpu() for title, pictures in columns.items()}
+        self._wait()
+        self._writing = self._thread.submit(self._write_samples, step, on_host)
+
+    def _write_samples(self, step: int, columns: Mapping[str, Tensor]) -> None:
+        picture = grid(columns)
+        picture.save(self._samples / f"step_{step:08d}.png")
+        self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def pause(self) -> Clock:
+        """A context whose time does not count in images per second."""
+        return self._clock
+
+    def close(self) -> None:
+        """Waits for the pictures; raises what their writing raised."""
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+            self._board.close()
+            self._bar.close()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+class Clock:
+    """Steps per second between laps; entered as a context, it stands still."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._since = time.perf_counter()
+        self._entered = 0.0
+
+    def lap(self, step: int) -> float:
+        now = time.perf_counter()
+        speed = (step - self._step) / max(now - self._since, 1e-9)
+        self._step, self._since = step, now
+        return speed
+
+    def __enter__(self) -> Clock:
+        self._entered = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._since += time.perf_counter() - self._entered
+
+
+def grid(columns: Mapping[str, Tensor]) -> Image.Image:
+    """Pictures [B,3,H,W] in [-1, 1] side by side, one column per title, one row per picture."""
+    images = torch.stack(list(columns.values()), 1)  # [B,columns,3,H,W]
+    rows, count, _, height, width = images.shape
+    table = (
+        to_uint8(images.nan_to_num())
+        .permute(0, 3, 1, 4, 2)
+        .reshape(rows * height, count * width, 3)
+    )
+    picture = Image.new("RGB", (count * width, rows * height + _TITLE_HEIGHT), "white")
+    picture.paste(Image.fromarray(table.numpy()), (0, _TITLE_HEIGHT))
+    draw: Any = ImageDraw.Draw(picture)
+    for column, title in enumerate(columns):
+        draw.text((column * width + 2, 2), title, fill="black")
+    return picture
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    """Drops the losses of steps that a resumed run will do again, and a half-written line."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

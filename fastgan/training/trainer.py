@@ -1,0 +1,313 @@
+"""The training loop, the same for every recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastgan
+from fastgan import checkpoint
+from fastgan.device import choose_device, choose_precision
+from fastgan.images import to_float
+from fastgan.recipes import Batch, Recipe
+from fastgan.training.config import TrainConfig, changed_fields, config_from_json, config_to_json
+from fastgan.training.data import PictureStream
+from fastgan.training.engine import EagerEngine
+from fastgan.training.guards import (
+    StopSignals,
+    TrainingError,
+    TrainingInterrupted,
+    memory_errors,
+)
+from fastgan.training.reporting import Reporter
+from fastgan.training.run_folder import RunFolder
+from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_ROWS = 6
+_SMALLEST_SCALE = 2.0**-14  # of a GradScaler: gradients that overflow even here are not finite
+
+
+class Trainer:
+    """Trains `recipe` as `config` says and leaves the result in ``config.output.out``.
+
+    The constructor refuses what can be refused and writes nothing; `train` does the work. Seeds
+    the global random number generators.
+
+    Args:
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ValueError, OSError: the config, its folders or the checkpoint to resume from do not serve;
+            one line that says why.
+        fastgan.checkpoint.CheckpointError: the checkpoint to resume from cannot be read.
+    """
+
+    def __init__(
+        self, recipe: type[Recipe], config: TrainConfig, *, progress: bool = False
+    ) -> None:
+        training = config.training
+        self.config = config
+        self.folder = RunFolder(config.output.out)
+        self.step = 0
+        """Updates done."""
+        self._progress = progress
+        self._checkpoint = self._checkpoint_to_resume()
+        self._device = choose_device(training.device)
+        self._precision = choose_precision(training.precision, self._device)
+        self._stream = PictureStream(
+            config.pictures.folders,
+            config.augmentation,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            workers=config.pictures.workers,
+            strict=config.pictures.strict,
+            pin_memory=self._device.type == "cuda",
+        )
+        _seed(training.seed)
+        self.recipe = recipe(config.recipe)
+        self._keys = tuple(self.recipe.state_dict())
+        self.recipe.begin_training()
+        self.recipe.to(self._device).to(memory_format=torch.channels_last)
+        self._engine = EagerEngine(self.recipe, self._device, self._precision, training.ema_decay)
+        self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
+        if self._checkpoint is not None:
+            self._restore(self._checkpoint)
+        self.folder.make()
+        self._unwatched: dict[int, list[Path]] = {}  # pictures of the steps since the last check
+
+    def train(self) -> None:
+        """Runs the steps that are left; returns after the last one is saved.
+
+        Raises:
+            TrainingInterrupted: SIGINT or SIGTERM came; the state was saved.
+            TrainingError: a loss is not finite, or memory is exhausted.
+            fastgan.checkpoint.CheckpointError: a checkpoint could not be written.
+        """
+        if self.step >= self.steps:
+            log.info("%s has all of its %d steps", self.folder.path, self.steps)
+            return
+        output = self.config.output
+        if output.overwrite:
+            self.folder.clear()
+        self.folder.make()
+        self._write_config()
+        reporter = Reporter(
+            self.folder.path, start=self.step, steps=self.steps, progress=self._progress
+        )
+        with (
+            StopSignals() as signals,
+            contextlib.closing(reporter),
+            memory_errors(self._memory_hint()),
+        ):
+            sample_batch = self._sample_batch()
+            for images, paths in self._stream.batches(self.step):
+                self._one_step(images, paths)
+                reporter.step()
+                last = self.step == self.steps
+                if last or self.step % output.log_every == 0:
+                    self._log(reporter)
+                if last or self.step % output.sample_every == 0:
+                    with reporter.pause():
+                        self._samples(reporter, sample_batch)
+                stopping = signals.received is not None
+                if last or stopping or self.step % output.checkpoint_every == 0:
+                    with reporter.pause():
+                        self.save()
+                if last:
+                    break
+                if signals.received is not None:
+                    raise TrainingInterrupted(
+                        signals.received,
+                        f"{signal.Signals(signals.received).name} after step {self.step}: saved "
+                        f"{self._checkpoint}, --resume goes on from there",
+                    )
+
+    def save(self) -> Path:
+        """Writes a checkpoint, unless what it would hold is not finite.
+
+        Raises:
+            TrainingError: a loss since the last reading, or a weight, is not finite.
+            fastgan.checkpoint.CheckpointError: the file could not be written.
+        """
+        self._stop_if_tripped()
+        self._stop_if_weights_not_finite()
+        path = self.folder.checkpoint(self.step)
+        state = {
+            "fastgan": fastgan.__version__,
+            "recipe": self.recipe.name,
+            "config": config_to_json(self.config),
+            "step": self.step,
+            **engine_state(self._engine, self._keys),
+            "rng": rng_state(self._device),
+        }
+        checkpoint.save(path, state)
+        self.folder.point_to(path, self.config.output.keep)
+        self._checkpoint = path
+        return path
+
+    def _one_step(self, images: dict[str, Tensor], paths: list[Path]) -> None:
+        training = self.config.training
+        seeds = np.random.SeedSequence([training.seed, self.step]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seeds[0]))
+        drawn = self.recipe.draw(self.step, training.batch_size, generator)
+        batch = {
+            **self._upload(images),
+            **{name: value.to(self._device, non_blocking=True) for name, value in drawn.items()},
+        }
+        self._unwatched[self.step] = paths
+        self._engine.step(batch, self.step, self._stream.steps_per_epoch)
+        self.step += 1
+
+    def _upload(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            domain: to_float(
+                pictures.to(self._device, non_blocking=True).contiguous(
+                    memory_format=torch.channels_last
+                )
+            )
+            for domain, pictures in images.items()
+        }
+
+    def _log(self, reporter: Reporter) -> None:
+        self._stop_if_tripped()
+        losses, others = self._engine.ledger.read()
+        for phase, optimizer in self._engine.optimizers.items():
+            others[f"lr/{phase}"] = float(optimizer.param_groups[0]["lr"])
+        if self._engine.scaler.is_enabled():
+            others["loss_scale"] = self._engine.scaler.get_scale()
+            if others["loss_scale"] < _SMALLEST_SCALE:
+                raise TrainingError(
+                    f"step {self.step}: the gradients are not finite at any loss scale; "
+                    f"{self._last_good()}; try --precision fp32"
+                )
+        reporter.log(self.step, losses, others, self.config.training.batch_size)
+
+    def _samples(self, reporter: Reporter, batch: Batch) -> None:
+        devices = [self._device] if self._device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            self._engine.autocast(),
+            self._engine.average.applied(),
+        ):
+            self.recipe.eval()
+            reporter.samples(self.step, self.recipe.samples(batch))
+            self.recipe.train()
+
+    def _sample_batch(self) -> Batch:
+        """The first pictures of the stream, the same at every call."""
+        count = math.ceil(_SAMPLE_ROWS / self.config.training.batch_size)
+        first = [self._stream.batch(number).images for number in range(count)]
+        return self._upload(
+            {
+                domain: torch.cat([images[domain] for images in first])[:_SAMPLE_ROWS]
+                for domain in self.recipe.domains
+            }
+        )
+
+    def _stop_if_tripped(self) -> None:
+        bad = self._engine.ledger.bad()
+        if bad is not None:
+            step, terms = bad
+            pictures = ", ".join(map(str, self._unwatched[step]))
+            raise TrainingError(
+                f"step {step + 1}: the loss {', '.join(terms)} is not finite; "
+                f"pictures: {pictures}; {self._last_good()}"
+            )
+        self._unwatched.clear()
+
+    def _stop_if_weights_not_finite(self) -> None:
+        named = {
+            name: parameter
+            for parameters in self._engine.parameters.values()
+            for name, parameter in parameters.items()
+        }
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in named.values()])
+        bad = [name for name, fine in zip(named, finite.tolist(), strict=True) if not fine]
+        if bad:
+            raise TrainingError(
+                f"step {self.step}: the weights {', '.join(bad[:3])} are not finite; "
+                f"{self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self._checkpoint or 'none'}"
+
+    def _memory_hint(self) -> str:
+        training = self.config.training
+        return (
+            f"{training.batch_size} pictures of {self.config.augmentation.size} px of each kind in "
+            f"{self._precision} on {self._device}; a smaller --batch-size or --size helps, "
+            "and so does --precision bf16"
+        )
+
+    def _write_config(self) -> None:
+        text = json.dumps(
+            {"recipe": self.recipe.name, "config": config_to_json(self.config)}, indent=2
+        )
+        self.folder.config.write_text(text + "\n")
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Refuses an output folder that would lose a run, or that resumes nothing."""
+        output, folder = self.config.output, self.folder
+        if folder.path.exists() and not folder.path.is_dir():
+            raise ValueError(f"out: {folder.path} is not a folder")
+        if output.resume:
+            newest = folder.newest()
+            if newest is None:
+                log.warning("%s has no checkpoint yet: training from the start", folder.path)
+            return newest
+        if folder.holds_run() and not output.overwrite:
+            raise ValueError(
+                f"out: {folder.path} holds a run; --resume goes on with it, "
+                "--overwrite deletes it and starts anew"
+            )
+        return None
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        before = training_config(state, type(self.recipe), path)
+        changed = changed_fields(before, self.config)
+        if changed:
+            log.warning("resumed with other settings than before: %s", "; ".join(changed))
+        restore_engine(self._engine, self._keys, state)
+        restore_rng(state["rng"], self._device)
+        self.step = state["step"]
+        log.info("resumed from %s", path)
+
+
+def training_config(state: Any, recipe: type[Recipe], path: Path) -> TrainConfig:
+    """The config in `state`, a training checkpoint of `recipe` (or its header) read from `path`.
+
+    Raises:
+        ValueError: it is of another recipe, or of a newer fastgan.
+    """
+    if not isinstance(state, dict) or "optimizers" not in state:
+        raise ValueError(f"{path}: holds no training to resume")
+    if state["recipe"] != recipe.name:
+        raise ValueError(
+            f"{path}: a checkpoint of the recipe {state['recipe']}, not of {recipe.name}"
+        )
+    try:
+        return config_from_json(recipe, state["config"])
+    except ValueError as error:
+        written_by = state.get("fastgan", "unknown")
+        raise ValueError(f"{path} (fastgan {written_by}): {error}") from None
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator is what gets restored)
+    torch.manual_seed(seed)

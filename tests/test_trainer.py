@@ -1,0 +1,513 @@
+"""The training loop: what it computes, what it writes, what stops it."""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dummy_recipe import Dummy, DummyConfig
+from fastgan import checkpoint
+from fastgan.device import choose_precision
+from fastgan.training import Trainer, TrainingError, TrainingInterrupted, preset_config
+from fastgan.training.config import (
+    Output,
+    Pictures,
+    TrainConfig,
+    Training,
+    changed_fields,
+    config_from_json,
+    config_to_json,
+)
+from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
+from fastgan.training.guards import LossLedger, StopSignals
+from fastgan.training.run_folder import RunFolder
+from pictures import write_pictures
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    root = tmp_path_factory.mktemp("pictures")
+    return write_pictures(root)
+
+
+def make_config(
+    pictures: Pictures, out: Path, output: dict[str, Any] | None = None, **changes: Any
+) -> TrainConfig:
+    """The small preset with `changes` to whatever section has a field of that name."""
+    given = {"checkpoint_every": 4, "log_every": 2, "sample_every": 100, **(output or {})}
+    config = preset_config(Dummy, None, pictures, Output(out, **given))
+    for name in ("training", "augmentation", "recipe"):
+        section = getattr(config, name)
+        known = {field.name for field in dataclasses.fields(section)}
+        mine = {key: changes.pop(key) for key in list(changes) if key in known}
+        config = dataclasses.replace(config, **{name: dataclasses.replace(section, **mine)})
+    assert not changes
+    return config
+
+
+def losses_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+def engine_and_batch(
+    precision: Any = "fp32", dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[EagerEngine, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    recipe = Dummy(DummyConfig(**changes))
+    recipe.begin_training()
+    recipe.to(dtype).to(memory_format=torch.channels_last)
+    engine = EagerEngine(recipe, torch.device("cpu"), precision, 0.9)
+    images = {
+        domain: torch.rand(2, 3, 16, 16, dtype=dtype).mul(2).sub(1) for domain in Dummy.domains
+    }
+    return engine, {**images, "slot": torch.tensor([0]), "fault": torch.tensor(False)}
+
+
+def test_a_step_is_the_plain_loop() -> None:
+    """Three steps in fp64 equal the loop one would write by hand."""
+    engine, batch = engine_and_batch(dtype=torch.float64)
+    plain, _ = engine_and_batch(dtype=torch.float64)
+    recipe = plain.recipe
+    optimizers = {
+        phase: torch.optim.Adam(recipe.get_submodule(phase).parameters(), betas=(0.5, 0.999))
+        for phase in recipe.phases
+    }
+    torch.manual_seed(1)
+    for step in range(3):
+        engine.step(batch, step, 10)
+    torch.manual_seed(1)
+    for step in range(3):
+        scratch = recipe.begin_step(batch)
+        for phase, rate in (("discriminator", 2e-2), ("generator", 1e-2 / (1 + 0.1 * step))):
+            optimizers[phase].param_groups[0]["lr"] = rate
+            optimizers[phase].zero_grad()
+            sum(recipe.losses(phase, batch, scratch).values()).backward()
+            optimizers[phase].step()
+    for (name, ours), theirs in zip(
+        engine.recipe.named_parameters(), recipe.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_phase_takes_no_gradients_of_the_other() -> None:
+    engine, batch = engine_and_batch()
+    seen: dict[str, set[str]] = {}
+    for phase, optimizer in engine.optimizers.items():
+
+        def note(optimizer: Any, args: Any, kwargs: Any, phase: str = phase) -> None:
+            named = engine.recipe.named_parameters()
+            seen[phase] = {name.partition(".")[0] for name, p in named if p.grad is not None}
+
+        optimizer.register_step_pre_hook(note)
+    engine.step(batch, 0, 10)
+    assert seen == {"discriminator": {"discriminator"}, "generator": {"generator"}}
+    trained = {name for name, p in engine.recipe.named_parameters() if p.requires_grad}
+    assert trained == {name for ps in engine.parameters.values() for name in ps}
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses operations that wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        assert "local_scalar_dense" not in name, name
+        assert "nonzero" not in name, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
+    engine, batch = engine_and_batch(precision)
+    engine.step(batch, 0, 10)
+    with _NoSync():
+        engine.step(batch, 1, 10)
+        with pytest.raises(AssertionError):
+            torch.ones(()).item()
+
+
+def test_a_training_does_not_grow() -> None:
+    engine, batch = engine_and_batch()
+
+    def tensors_after(steps: range) -> int:
+        for step in steps:
+            engine.step(batch, step, 10)
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    assert tensors_after(range(3)) == tensors_after(range(3, 40))
+
+
+def test_weight_average_formula() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    average = WeightAverage({"w": parameter}, decay=0.6)
+    expected = parameter.detach().numpy().copy()
+    for step in range(20):
+        with torch.no_grad():
+            parameter.mul_(-1.1)
+        average.update(step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * parameter.detach().numpy()
+        np.testing.assert_allclose(average.average["w"].numpy(), expected, rtol=1e-12)
+    own = parameter.detach().clone()
+    with average.applied():
+        assert torch.equal(parameter, average.average["w"])
+    assert torch.equal(parameter, own)
+
+
+def test_choose_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    capability = {"value": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
+    assert choose_precision(None, torch.device("cpu")) == "fp32"
+    assert choose_precision(None, gpu) == "fp16"
+    capability["value"] = (8, 0)
+    assert choose_precision(None, gpu) == "bf16"
+    assert choose_precision("fp32", gpu) == "fp32"
+
+
+def test_a_run_leaves_what_it_says(folders: Pictures, tmp_path: Path) -> None:
+    config = make_config(folders, tmp_path / "run", steps=6)
+    trainer = Trainer(Dummy, config)
+    trainer.train()
+    assert trainer.step == 6
+    run = RunFolder(tmp_path / "run")
+    assert [path.name for path in run.checkpoints()] == [
+        "step_00000004.safetensors",
+        "step_00000006.safetensors",
+    ]
+    assert run.latest.resolve() == run.checkpoints()[-1].resolve()
+    lines = losses_of(run.path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"discriminator/real", "generator/content", "metric/brightness"} <= set(lines[0])
+    assert lines[-1]["lr/generator"] == pytest.approx(1e-2 / 1.5)
+    assert lines[-1]["lr/discriminator"] == 2e-2
+    with Image.open(run.path / "samples/step_00000006.png") as grid:
+        assert grid.size == (3 * 32, 6 * 32 + 16)
+    assert list(run.path.glob("events.out.tfevents.*"))
+    written = json.loads(run.config.read_text())
+    assert written["recipe"] == "dummy"
+    assert config_from_json(Dummy, written["config"]) == config
+    state = checkpoint.load(run.latest)
+    assert set(state["networks"]) == {
+        name for name in trainer.recipe.state_dict() if not name.startswith("extractor")
+    }
+    assert state["networks"]["pool"].abs().sum() > 0
+
+
+def test_steps_default_to_the_recipe(folders: Pictures, tmp_path: Path) -> None:
+    # 5 pictures per domain, 2 per batch: 3 steps per epoch; the recipe wants two epochs
+    assert Trainer(Dummy, make_config(folders, tmp_path / "run")).steps == 6
+
+
+def test_training_learns(folders: Pictures, tmp_path: Path) -> None:
+    config = make_config(folders, tmp_path / "run", {"log_every": 20}, steps=100)
+    Trainer(Dummy, config).train()
+    lines = losses_of(tmp_path / "run")
+    assert lines[-1]["generator/content"] < 0.7 * lines[0]["generator/content"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_close_to_fp32(
+    folders: Pictures, tmp_path: Path, precision: Any
+) -> None:
+    content = {}
+    for name in ("fp32", precision):
+        config = make_config(folders, tmp_path / name, {"log_every": 30}, steps=60, precision=name)
+        Trainer(Dummy, config).train()
+        content[name] = losses_of(tmp_path / name)[-1]["generator/content"]
+    assert content[precision] == pytest.approx(content["fp32"], rel=0.2)
+    assert content[precision] != content["fp32"]
+
+
+def test_samples_show_the_average_and_draw_nothing(folders: Pictures, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(Dummy):
+        def samples(self, batch: Any) -> Any:
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            seen.append(self.generator[0].weight.detach().clone())
+            return super().samples(batch)
+
+    results = []
+    for every in (1, 100):
+        config = make_config(folders, tmp_path / str(every), {"sample_every": every}, steps=3)
+        trainer = Trainer(Watched, config)
+        trainer.train()
+        results.append(checkpoint.load(tmp_path / str(every) / "latest.safetensors"))
+    assert len(seen) == 4
+    assert torch.equal(seen[-1], results[1]["average"]["generator.0.weight"])
+    assert not torch.equal(seen[-1], results[1]["networks"]["generator.0.weight"])
+    assert torch.equal(seen[2], seen[3])  # three grids on the way changed nothing
+
+
+def test_keep(folders: Pictures, tmp_path: Path) -> None:
+    for keep, left in ((1, [3]), (2, [2, 3]), (0, [1, 2, 3])):
+        out = tmp_path / str(keep)
+        output = {"checkpoint_every": 1, "keep": keep}
+        Trainer(Dummy, make_config(folders, out, output, steps=3)).train()
+        assert [int(path.stem[5:]) for path in RunFolder(out).checkpoints()] == left
+
+
+class TestGuards:
+    def test_loss_not_finite(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(
+            folders, tmp_path, {"log_every": 10, "checkpoint_every": 4}, steps=20,
+            fault="loss", fault_step=6,
+        )  # fmt: skip
+        trainer = Trainer(Dummy, config)
+        with pytest.raises(TrainingError) as caught:
+            trainer.train()
+        message = str(caught.value)
+        paths = trainer._stream.batch(6).paths
+        assert message.startswith("step 7: the loss generator/content is not finite; pictures: ")
+        assert all(str(path) in message for path in paths)
+        assert message.endswith(f"last good checkpoint: {RunFolder(tmp_path).newest()}")
+        assert "\n" not in message
+        assert trainer.step == 8  # the save that was due found out, before the log
+        assert [path.stem for path in RunFolder(tmp_path).checkpoints()] == ["step_00000004"]
+        checkpoint.load(tmp_path / "latest.safetensors")
+
+    def test_updates_are_masked_from_the_bad_step_on(self) -> None:
+        engine, batch = engine_and_batch(fault="loss")
+        engine.step(batch, 0, 10)
+        bad = {**batch, "fault": torch.tensor(True)}
+        discriminator = [p.detach().clone() for p in engine.parameters["discriminator"].values()]
+        generator = [p.detach().clone() for p in engine.parameters["generator"].values()]
+        engine.step(bad, 1, 10)
+        after = [p.detach().clone() for p in engine.parameters["discriminator"].values()]
+        engine.step(batch, 2, 10)
+        assert engine.ledger.bad() == (1, ["generator/content"])
+        assert not torch.equal(after[0], discriminator[0])  # that loss was still good
+        for now, then in zip(engine.parameters["discriminator"].values(), after, strict=True):
+            assert torch.equal(now, then)
+        for now, then in zip(engine.parameters["generator"].values(), generator, strict=True):
+            assert torch.equal(now, then)
+        steps = {float(state["step"]) for state in engine.optimizers["generator"].state.values()}
+        assert steps == {1.0}
+
+    def test_gradient_not_finite(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(
+            folders, tmp_path, {"checkpoint_every": 3}, steps=20, fault="gradient", fault_step=5
+        )
+        with pytest.raises(TrainingError, match=r"^step 6: the weights generator\.\S+, .* finite"):
+            Trainer(Dummy, config).train()
+        assert [path.stem for path in RunFolder(tmp_path).checkpoints()] == ["step_00000003"]
+
+    def test_grad_scaler_skips_do_not_count(self, folders: Pictures, tmp_path: Path) -> None:
+        scales, steps = [], []
+        for fault in ("none", "gradient"):
+            out = tmp_path / fault
+            config = make_config(
+                folders, out, steps=12, precision="fp16", fault=fault, fault_steps=3
+            )
+            Trainer(Dummy, config).train()
+            state = checkpoint.load(out / "latest.safetensors")
+            scales.append(state["scaler"]["scale"])
+            steps.append(float(state["optimizers"]["generator"]["generator.0.weight"]["step"]))
+        assert scales[1] == scales[0] / 2**3
+        assert steps[1] == steps[0] - 3
+
+    def test_fp16_tolerates_a_forward_that_overflows(
+        self, folders: Pictures, tmp_path: Path
+    ) -> None:
+        for count, out in ((10, tmp_path / "few"), (11, tmp_path / "many")):
+            config = make_config(
+                folders, out, {"log_every": 5}, steps=25, precision="fp16", fault="loss",
+                fault_steps=count,
+            )  # fmt: skip
+            stops = pytest.raises(TrainingError, match=r"^step 16: the loss generator/content")
+            with contextlib.nullcontext() if count == 10 else stops:
+                Trainer(Dummy, config).train()
+
+    def test_fp16_gradients_never_finite(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(
+            folders, tmp_path, {"checkpoint_every": 100}, steps=60, precision="fp16",
+            fault="gradient", fault_steps=99,
+        )  # fmt: skip
+        with pytest.raises(TrainingError, match="not finite at any loss scale"):
+            Trainer(Dummy, config).train()
+
+    def test_out_of_memory(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(folders, tmp_path, steps=20, fault="memory")
+        with pytest.raises(TrainingError) as caught:
+            Trainer(Dummy, config).train()
+        assert str(caught.value) == (
+            "out of memory: 2 pictures of 32 px of each kind in fp32 on cpu; a smaller "
+            "--batch-size or --size helps, and so does --precision bf16"
+        )
+
+    def test_losses_must_be_scalars(self) -> None:
+        ledger = LossLedger(torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"'real' of phase 'discriminator' .* got shape \[2\]"):
+            ledger.record_losses("discriminator", {"real": torch.zeros(2)})
+
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_signals(
+        self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
+    ) -> None:
+        monkeypatch.setenv("DUMMY_SIGNAL_STEP", "5")
+        monkeypatch.setenv("DUMMY_SIGNAL", str(int(signum)))
+        before = signal.getsignal(signum)
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, steps=20))
+        with pytest.raises(TrainingInterrupted, match=r"after step 6: saved \S+step_00000006"):
+            trainer.train()
+        assert trainer.step == 6
+        assert checkpoint.load(tmp_path / "latest.safetensors")["step"] == 6
+        assert signal.getsignal(signum) is before
+
+    def test_a_second_signal_acts_at_once(self) -> None:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def test_full_disk(
+        self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, steps=20))
+
+        def fail(descriptor: int) -> None:
+            if trainer.step == 8:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+            trainer.train()
+        assert checkpoint.load(tmp_path / "latest.safetensors")["step"] == 4
+
+
+class TestOutput:
+    def test_a_run_is_not_lost(self, folders: Pictures, tmp_path: Path) -> None:
+        Trainer(Dummy, make_config(folders, tmp_path, steps=2)).train()
+        with pytest.raises(ValueError, match=r"holds a run; --resume .* --overwrite"):
+            Trainer(Dummy, make_config(folders, tmp_path, steps=2))
+
+    def test_overwrite_deletes_the_run_alone(self, folders: Pictures, tmp_path: Path) -> None:
+        Trainer(Dummy, make_config(folders, tmp_path, steps=8)).train()
+        (tmp_path / "notes.txt").write_text("mine")
+        config = make_config(folders, tmp_path, {"overwrite": True}, steps=2)
+        trainer = Trainer(Dummy, config)
+        assert len(RunFolder(tmp_path).checkpoints()) == 2  # nothing is lost before training starts
+        trainer.train()
+        assert [path.stem for path in RunFolder(tmp_path).checkpoints()] == ["step_00000002"]
+        assert [line["step"] for line in losses_of(tmp_path)] == [2]
+        assert len(list(tmp_path.glob("samples/*"))) == 1
+        assert len(list(tmp_path.glob("events*"))) == 1
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_a_folder_with_other_things_is_fine(self, folders: Pictures, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        Trainer(Dummy, make_config(folders, tmp_path, steps=1)).train()
+
+    def test_nothing_is_made_when_something_is_wrong(self, tmp_path: Path) -> None:
+        missing = Pictures(tmp_path / "no", tmp_path / "no")
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            Trainer(Dummy, make_config(missing, tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+class TestPictures:
+    def test_odd_files(
+        self, folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        content = tmp_path / "content"
+        content.mkdir()
+        noise = np.random.default_rng(0).integers(0, 255, (40, 44, 4), dtype=np.uint8)
+        Image.fromarray(noise[..., :3]).save(content / "good.jpg", quality=95)
+        whole = (content / "good.jpg").read_bytes()
+        (content / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+        (content / "text.png").write_text("no picture")
+        (content / "empty.png").touch()
+        Image.fromarray(noise[:1, :1, :3]).save(content / "tiny.png")
+        Image.fromarray(noise[..., 0]).save(content / "grey.png")
+        Image.fromarray(noise[..., :3]).quantize(16).save(content / "palette.png")
+        Image.fromarray(noise).save(content / "rgba.png")
+        Image.fromarray(noise[..., :3]).convert("CMYK").save(content / "cmyk.jpg")
+        Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(content / "sixteen.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(noise[..., :3]).save(content / "rotated.jpg", exif=exif)
+        pictures = dataclasses.replace(folders, content=content)
+        with caplog.at_level(logging.WARNING, "fastgan"):
+            Trainer(Dummy, make_config(pictures, tmp_path / "run", steps=8)).train()
+        warned = [record.getMessage() for record in caplog.records]
+        for bad in ("truncated.jpg", "text.png", "empty.png"):
+            assert sum(bad in message for message in warned) == 1
+        assert sum("scaled up" in message for message in warned) == 1
+        assert len(warned) == 4
+
+
+class TestConfig:
+    def test_round_trip(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(folders, tmp_path, steps=7, width=3, precision="bf16", device="cpu")
+        values = json.loads(json.dumps(config_to_json(config)))
+        assert config_from_json(Dummy, values) == config
+
+    @pytest.mark.parametrize(
+        ("section", "field", "value", "message"),
+        [
+            ("recipe", "widht", 3, "config.recipe.widht: unknown to this version of fastgan"),
+            ("training", "future", 3, "config.training.future: unknown to this version"),
+            ("recipe", "width", "3", "config.recipe.width: expected int, got '3'"),
+            ("recipe", "width", True, "config.recipe.width: expected int, got True"),
+            ("recipe", "objective", "x", "config.recipe.objective: expected one of 'default'"),
+            ("output", "out", None, "config.output.out: expected Path, got None"),
+            ("output", "keep", -1, "keep must be at least 0"),
+        ],
+    )
+    def test_a_bad_field_is_named(
+        self, folders: Pictures, tmp_path: Path, section: str, field: str, value: Any, message: str
+    ) -> None:
+        values = config_to_json(make_config(folders, tmp_path))
+        values[section][field] = value
+        with pytest.raises(ValueError) as caught:
+            config_from_json(Dummy, values)
+        assert message in str(caught.value)
+
+    def test_a_missing_field_takes_its_default(self, folders: Pictures, tmp_path: Path) -> None:
+        config = make_config(folders, tmp_path)
+        values = config_to_json(config)
+        del values["training"]["seed"], values["augmentation"]
+        assert config_from_json(Dummy, values).training == config.training
+        del values["output"]["out"]
+        with pytest.raises(ValueError, match=r"config\.output\.out: missing"):
+            config_from_json(Dummy, values)
+
+    @pytest.mark.parametrize(
+        ("section", "field", "value"),
+        [
+            (Training, "steps", 0),
+            (Training, "batch_size", 0),
+            (Training, "seed", -1),
+            (Training, "ema_decay", 1.0),
+        ],
+    )
+    def test_bad_values(self, section: Any, field: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"^{field} must be"):
+            section(**{field: value})
+
+    def test_changed_fields(self, folders: Pictures, tmp_path: Path) -> None:
+        before = make_config(folders, tmp_path, steps=7)
+        now = make_config(folders, tmp_path / "moved", {"log_every": 9}, steps=9, batch_size=4)
+        assert changed_fields(before, now) == ["training.batch_size: 2 -> 4"]
+        wider = make_config(folders, tmp_path, width=9)
+        assert changed_fields(before, wider) == ["recipe.width: 8 -> 9"]
+
+
+def test_tied_parameters_belong_to_a_phase_once() -> None:
+    recipe = Dummy(DummyConfig())
+    recipe.generator.append(recipe.generator[4])
+    assert len(phase_parameters(recipe, "generator")) == 5
