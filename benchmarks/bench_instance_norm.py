@@ -1,0 +1,202 @@
+"""Instance norm with what follows it, and AdaIN: activations of generators and discriminators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastgan
+from fastgan import reference
+from harness import Case, Report, compiled, eager, feature_map, fused, product
+
+EPS = 1e-5
+
+# [B, C, H, W]: what is inside a ResNet-9 generator (64 to 256 channels), a PatchGAN (31 x 31 is
+# its last), and AdaIN's own setting (512 channels of VGG-19 at 256 and 512 pixels).
+ADAIN_SHAPES = {
+    "tiny": [(2, 3, 5, 7)],
+    "cpu": [(4, 64, 256, 256), (4, 512, 32, 32)],
+    "gpu": [
+        (8, 64, 256, 256),
+        (1, 64, 256, 256),
+        (8, 256, 64, 64),
+        (8, 512, 32, 32),
+        (1, 512, 32, 32),
+        (8, 512, 64, 64),
+        (4, 64, 512, 512),
+        (3, 130, 61, 77),
+    ],
+}
+NORM_SHAPES = {
+    "tiny": [(2, 3, 5, 7)],
+    "cpu": [(4, 64, 256, 256), (4, 512, 32, 32)],
+    "gpu": [
+        (8, 64, 256, 256),
+        (8, 128, 128, 128),
+        (8, 256, 64, 64),
+        (1, 256, 64, 64),
+        (4, 64, 512, 512),
+        (8, 512, 31, 31),
+        (3, 130, 61, 77),
+    ],
+}
+DTYPES = {
+    "tiny": [torch.float32],
+    "cpu": [torch.float32],
+    "gpu": [torch.bfloat16],
+}
+LAYOUTS = ("nchw", "channels_last")
+MODES = ("forward", "forward+backward")
+
+
+def cases(sizes: str) -> Iterator[Case]:
+    axes = {"dtype": DTYPES[sizes], "layout": LAYOUTS, "mode": MODES}
+    for options in product(shape=ADAIN_SHAPES[sizes], **axes):
+        yield adain_case(**options, sizes=sizes)
+    for options in product(shape=NORM_SHAPES[sizes], **axes):
+        yield norm_case("instance_norm+relu", **options, sizes=sizes)
+    for options in product(shape=NORM_SHAPES[sizes][:3], **axes):
+        yield norm_case("instance_norm+relu+reflect_pad", **options, sizes=sizes, pad=1)
+    if sizes == "gpu":
+        for options in product(
+            shape=[(8, 64, 256, 256)],
+            dtype=[torch.float16, torch.float32],
+            layout=LAYOUTS,
+            mode=["forward+backward"],
+        ):
+            yield adain_case(**options, sizes=sizes)
+            yield norm_case("instance_norm+relu", **options, sizes=sizes)
+
+
+def test_instance_norm(record: Report, case: Case, variant: str) -> None:
+    record(case, variant)
+
+
+# --- AdaIN --------------------------------------------------------------------------------------
+
+
+def adain_case(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, mode: str, sizes: str
+) -> Case:
+    """Content and style feature maps of one size, gradients to both."""
+
+    def inputs(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+        make = partial(feature_map, shape, dtype, layout, device, generator)
+        return make(requires_grad=True), make(requires_grad=True)
+
+    variants = [
+        eager("reference", adain_reference),
+        eager("public", adain_public),
+        eager("batch_norm", adain_as_batch_norm),
+        compiled(adain_reference),
+        fused(fastgan.adain),
+    ]
+    if sizes == "gpu":
+        variants.insert(-1, compiled(adain_reference, tune=True))
+    features = torch.Size(shape).numel() * dtype.itemsize
+    return Case(
+        op="adain",
+        shape="x".join(map(str, shape)),
+        dtype=str(dtype).removeprefix("torch."),
+        layout=layout,
+        mode=mode,
+        inputs=inputs,
+        exact=adain_reference,
+        variants=tuple(variants),
+        bytes=features * (3 if mode == "forward" else 3 + 5),
+    )
+
+
+def adain_reference(content: Tensor, style: Tensor) -> Tensor:
+    return reference.adain(content, *reference.instance_stats(style))
+
+
+def adain_public(content: Tensor, style: Tensor) -> Tensor:
+    """As in most public implementations: mean and variance by themselves, then four passes."""
+
+    def mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(2)
+        std = (flat.var(dim=2) + EPS).sqrt()
+        return flat.mean(dim=2)[..., None, None], std[..., None, None]
+
+    content_mean, content_std = mean_and_std(content)
+    style_mean, style_std = mean_and_std(style)
+    return (content - content_mean) / content_std * style_std + style_mean
+
+
+def adain_as_batch_norm(content: Tensor, style: Tensor) -> Tensor:
+    """The fastest that PyTorch's own kernels do: AdaIN as the batch norm of B·C channels."""
+    batch, channels, height, width = content.shape
+    positions = height * width
+    style_variance, style_mean = torch.var_mean(style.float(), dim=(2, 3))
+    biased = (positions - 1) / positions  # batch_norm divides by the biased variance
+    scale = ((style_variance + EPS) * biased).sqrt()
+    out = F.batch_norm(
+        content.reshape(1, batch * channels, height, width),
+        running_mean=None,
+        running_var=None,
+        weight=scale.flatten(),
+        bias=style_mean.flatten(),
+        training=True,
+        eps=EPS * biased,
+    )
+    return out.view(batch, channels, height, width)
+
+
+# --- Instance norm ------------------------------------------------------------------------------
+
+
+def norm_case(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    mode: str,
+    sizes: str,
+    pad: int = 0,
+) -> Case:
+    """Norm, ReLU and reflection padding, as before every convolution of a residual block."""
+
+    def inputs(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (feature_map(shape, dtype, layout, device, generator, requires_grad=True),)
+
+    exact = partial(reference.instance_norm, activation="relu", reflect_pad=pad)
+    variants = [
+        eager("reference", exact),
+        eager("public", partial(norm_public, pad=pad)),
+        eager("group_norm", partial(norm_as_group_norm, pad=pad)),
+        compiled(partial(norm_public, pad=pad)),
+        fused(partial(fastgan.instance_norm, activation="relu", reflect_pad=pad)),
+    ]
+    if sizes == "gpu":
+        variants.insert(-1, compiled(partial(norm_public, pad=pad), tune=True))
+    batch, channels, height, width = shape
+    plain = batch * channels * height * width * dtype.itemsize
+    padded = batch * channels * (height + 2 * pad) * (width + 2 * pad) * dtype.itemsize
+    return Case(
+        op=op,
+        shape="x".join(map(str, shape)),
+        dtype=str(dtype).removeprefix("torch."),
+        layout=layout,
+        mode=mode,
+        inputs=inputs,
+        exact=exact,
+        variants=tuple(variants),
+        bytes=plain + padded + (0 if mode == "forward" else 2 * plain + padded),
+    )
+
+
+def norm_public(x: Tensor, pad: int) -> Tensor:
+    """The three modules of the public generators."""
+    out = F.relu(F.instance_norm(x))
+    return F.pad(out, (pad,) * 4, mode="reflect") if pad else out
+
+
+def norm_as_group_norm(x: Tensor, pad: int) -> Tensor:
+    """Group norm of one channel each, which knows channels_last where instance norm does not."""
+    out = F.group_norm(x, x.shape[1]).relu_()
+    return F.pad(out, (pad,) * 4, mode="reflect") if pad else out
