@@ -61,6 +61,7 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
 
     Raises:
         TypeError: something in `state` cannot be stored; names where it is.
+        ValueError: `path` has another ending.
         CheckpointError: the file could not be written.
     """
     path = Path(path)

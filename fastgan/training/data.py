@@ -33,7 +33,7 @@ __all__ = ["Augmentation", "Batch", "PictureStream"]
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 8  # sides: more of a panorama is cut off, lest scaling up a thin strip fill the memory
+_MAX_ASPECT = 8  # a longer strip is cut to its middle, lest scaling it up fill the memory
 _PREFETCH = 4  # batches per worker
 
 _ORDER, _AUGMENT = range(2)  # what the random numbers of a stream are drawn for
@@ -176,8 +176,7 @@ class PictureStream:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` on, without end.
 
-        Workers live until the iterator is closed or collected. Draws nothing from torch's global
-        random numbers.
+        Workers live as long as the iterator. Draws nothing from torch's global random numbers.
 
         Raises:
             ImageError: a file is no readable picture, under `strict`.
@@ -344,7 +343,7 @@ class _Loader:
 
 def _cut(picture: Tensor) -> Tensor:
     _, height, width = picture.shape
-    longest = _LONGEST * min(height, width)
+    longest = _MAX_ASPECT * min(height, width)
     return F.center_crop(picture, [min(height, longest), min(width, longest)])
 
 
