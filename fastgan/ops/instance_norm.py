@@ -1,13 +1,14 @@
 """Statistics of each image's channels, and the ops built on them."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgan import reference
-from fastgan.ops import _checks, _dispatch, _layout
+from fastgan.ops import _checks, _dispatch, _layout, _library
 
 ACTIVATIONS = (None, "relu", "leaky_relu")
 
@@ -52,7 +53,9 @@ def instance_stats(
     op = "instance_stats"
     _checks.feature_map(op, "x", x, ranks=(3, 4))
     _check_variance(op, "x", x, eps, correction)
-    _dispatch.choose(op, "instance_norm", impl, x.device)
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    if impl != "reference":
+        return InstanceStats(*_stats_op(x, eps, correction, impl))
     with torch.autocast(x.device.type, enabled=False):
         return InstanceStats(*reference.instance_stats(x, eps, correction))
 
@@ -238,7 +241,108 @@ def adain_style_loss(
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
+# --- Custom ops ---------------------------------------------------------------------------------
+# The last argument of each is the implementation, which its backward inherits.
+
+
+def _launchers(impl: str) -> ModuleType:
+    """The module whose functions fill the outputs of the ops below."""
+    from fastgan.kernels import instance_norm  # imports Triton, so not before the first call
+
+    return instance_norm
+
+
+def _allocate_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[:2], dtype=_statistics_dtype(x))
+    return mean, torch.empty_like(mean)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fill_stats(
+    outputs: tuple[Tensor, Tensor], x: Tensor, eps: float, correction: int, impl: str
+) -> None:
+    _launchers(impl).instance_stats_fwd(x, *outputs, eps, correction)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, *outputs)
+
+
+def _stats_backward(ctx: Any, grad_mean: Tensor | None, grad_std: Tensor | None) -> Any:
+    return (
+        _stats_backward_op(grad_mean, grad_std, *ctx.saved_tensors, *ctx.options),
+        None,
+        None,
+        None,
+    )
+
+
+_stats_op = _library.define(
+    "instance_stats(Tensor x, float eps, int correction, str impl) -> (Tensor mean, Tensor std)",
+    allocate=_allocate_stats,
+    fill=_fill_stats,
+    setup_context=_save_stats,
+    backward=_stats_backward,
+)
+
+
+def _allocate_like_x(
+    grad_mean: Tensor | None, grad_std: Tensor | None, x: Tensor, *_: Any
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fill_stats_backward(
+    grad_x: Tensor,
+    grad_mean: Tensor | None,
+    grad_std: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    eps: float,
+    correction: int,
+    impl: str,
+) -> None:
+    grads = (None if g is None else g.contiguous() for g in (grad_mean, grad_std))
+    _launchers(impl).instance_stats_bwd(x, grad_x, *grads, mean, std, correction)
+
+
+def _save_stats_backward(ctx: Any, inputs: tuple[Any, ...], grad_x: Tensor) -> None:
+    grad_mean, grad_std, x, _, _, ctx.eps, ctx.correction, _ = inputs
+    ctx.save_for_backward(grad_mean, grad_std, x)
+
+
+def _stats_double_backward(ctx: Any, grad_grad_x: Tensor) -> Any:
+    *grads, x = ctx.saved_tensors
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.instance_stats(x, ctx.eps, ctx.correction)
+
+    (grad_mean, grad_std), (grad_x,) = _library.second_order(formula, [x], grads, [grad_grad_x])
+    return grad_mean, grad_std, grad_x, None, None, None, None, None
+
+
+_stats_backward_op = _library.define(
+    "instance_stats_backward(Tensor? grad_mean, Tensor? grad_std, Tensor x, Tensor mean, "
+    "Tensor std, float eps, int correction, str impl) -> Tensor",
+    allocate=_allocate_like_x,
+    fill=_fill_stats_backward,
+    setup_context=_save_stats_backward,
+    backward=_stats_double_backward,
+)
+
+
 # --- Checks -------------------------------------------------------------------------------------
+
+
+def _cannot(x: Tensor) -> dict[str, str | None]:
+    if x.dtype == torch.float64:
+        return {"triton": "computes in float32; float64 runs on the reference path"}
+    return {}
 
 
 def _check_variance(op: str, name: str, x: Tensor, eps: float, correction: int) -> None:
