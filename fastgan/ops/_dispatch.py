@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("reference", "triton", "native")
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "gram": {},
     "instance_norm": {"cuda": ("triton",)},
-    "gan_loss": {},
+    "gan_loss": {"cuda": ("native",), "cpu": ("native",)},
 }
 
 _NO_REASONS: Mapping[str, str | None] = {}

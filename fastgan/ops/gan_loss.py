@@ -77,7 +77,8 @@ def discriminator_loss(
     op = "discriminator_loss"
     real, fake = _check_discriminator(op, real_logits, fake_logits, mode, label_smoothing)
     _checks.one_of(op, "scale_reduction", scale_reduction, SCALE_REDUCTIONS)
-    _dispatch.choose(op, "gan_loss", impl, real[0].device)
+    if _choose(op, impl, real[0]) == "native":
+        return _native_loss(real, fake, mode, label_smoothing, scale_reduction)[0]
     return _reference_discriminator_loss(real, fake, mode, label_smoothing, scale_reduction)
 
 
@@ -101,7 +102,9 @@ def discriminator_loss_with_stats(
     op = "discriminator_loss_with_stats"
     real, fake = _check_discriminator(op, real_logits, fake_logits, mode, label_smoothing)
     _checks.one_of(op, "scale_reduction", scale_reduction, SCALE_REDUCTIONS)
-    _dispatch.choose(op, "gan_loss", impl, real[0].device)
+    if _choose(op, impl, real[0]) == "native":
+        loss, values = _native_loss(real, fake, mode, label_smoothing, scale_reduction)
+        return loss, DiscriminatorStats(*values.unbind())
     loss = _reference_discriminator_loss(real, fake, mode, label_smoothing, scale_reduction)
     with torch.no_grad():
         stats = reference.discriminator_stats(real, fake, mode)
@@ -141,7 +144,12 @@ def generator_loss(
     if saturating and mode != "bce":
         raise ValueError(f"{op}: saturating needs mode='bce', got {mode!r}")
     _checks.one_of(op, "scale_reduction", scale_reduction, SCALE_REDUCTIONS)
-    _dispatch.choose(op, "gan_loss", impl, fake[0].device)
+    if _choose(op, impl, fake[0]) == "native":
+        # A generator wants its fakes judged real; the minimax form is the discriminator's, negated.
+        if saturating:
+            return -_native_loss([], fake, mode, 0.0, scale_reduction)[0]
+        mode = "wgan" if mode == "hinge" else mode
+        return _native_loss(fake, [], mode, 0.0, scale_reduction)[0]
     with torch.autocast(fake[0].device.type, enabled=False):
         losses = [reference.generator_loss(f, mode, saturating) for f in fake]
         return _over_scales(losses, scale_reduction)
@@ -180,6 +188,21 @@ def _check_logits(op: str, name: str, logits: Logits) -> list[Tensor]:
                 f"{op}: {own} must have the dtype of {name}[0], {scales[0].dtype}, got {x.dtype}"
             )
     return scales
+
+
+def _choose(op: str, impl: str | None, logits: Tensor) -> str:
+    reason = None
+    if logits.is_cuda and logits.dtype == torch.float64:
+        reason = "the CUDA kernels take fp16, bf16 and fp32 logits, got torch.float64"
+    return _dispatch.choose(op, "gan_loss", impl, logits.device, cannot={"native": reason})
+
+
+def _native_loss(
+    real: list[Tensor], fake: list[Tensor], mode: str, label_smoothing: float, scale_reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The loss, a scalar, and the statistics, fp32 [4]."""
+    scale = 1 / max(len(real), len(fake)) if scale_reduction == "mean" else 1.0
+    return torch.ops.fastgan.gan_loss(real, fake, mode, label_smoothing, scale)
 
 
 def _reference_discriminator_loss(

@@ -1,0 +1,207 @@
+"""How setup.py decides what to build, what it built, and the machine code of the kernels."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.cpp_extension
+
+from fastgan.ops import _dispatch
+
+ROOT = Path(__file__).parent.parent
+
+# Runs setup.py with setup() replaced by one that prints what it was given.
+PROBE = """
+import json, os, runpy, setuptools
+def setup(ext_modules=(), cmdclass=None):
+    print(json.dumps({
+        "sources": [s for module in ext_modules for s in module.sources],
+        "macros": dict(m for module in ext_modules for m in module.define_macros),
+        "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
+        "cuda_home": os.environ.get("CUDA_HOME"),
+    }))
+setuptools.setup = setup
+runpy.run_path("setup.py")
+"""
+
+
+def run_setup(**environment: str | None) -> subprocess.CompletedProcess[str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+    }
+    given = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=ROOT,
+        env=inherited | given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def planned(**environment: str | None) -> dict[str, object]:
+    result = run_setup(**environment)
+    assert result.returncode == 0, result.stderr
+    plan: dict[str, object] = json.loads(result.stdout)
+    return plan
+
+
+def last_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def fake_toolkit(folder: Path, version: str, architectures: str) -> Path:
+    """A folder with an nvcc that answers setup.py's questions and compiles nothing."""
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1';;\n"
+        f"--list-gpu-arch) printf '{architectures}';;\n"
+        f"--dryrun) echo '#$ TOP={nvcc.parent}/..' >&2;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return folder / "toolkit"
+
+
+@pytest.fixture
+def wrapped_toolkit(tmp_path: Path) -> tuple[Path, str]:
+    """A toolkit of torch's CUDA version and a PATH with a script that calls its nvcc."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA, so there is nothing to choose")
+    toolkit = fake_toolkit(
+        tmp_path, torch.version.cuda, r"compute_75\ncompute_80\ncompute_90\ncompute_999\n"
+    )
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    return toolkit, f"{script.parent}:{os.environ['PATH']}"
+
+
+def test_cuda_can_be_left_out() -> None:
+    plan = planned(FASTGAN_BUILD_CUDA="0")
+    assert "csrc/gan_loss_cpu.cpp" in plan["sources"]
+    assert not [source for source in plan["sources"] if source.endswith(".cu")]
+    assert "FASTGAN_WITH_CUDA" not in plan["macros"]
+
+
+def test_a_script_named_nvcc_leads_to_the_toolkit(wrapped_toolkit: tuple[Path, str]) -> None:
+    toolkit, path = wrapped_toolkit
+    plan = planned(PATH=path, FASTGAN_BUILD_CUDA="auto")
+    assert plan["cuda_home"] == str(toolkit)
+    assert "csrc/gan_loss_cuda.cu" in plan["sources"]
+    assert "FASTGAN_WITH_CUDA" in plan["macros"]
+
+
+def test_architectures_are_those_that_nvcc_knows(wrapped_toolkit: tuple[Path, str]) -> None:
+    _, path = wrapped_toolkit
+    assert planned(PATH=path)["architectures"] == "7.5;8.0;9.0+PTX"
+    chosen = planned(PATH=path, TORCH_CUDA_ARCH_LIST="8.6")
+    assert chosen["architectures"] == "8.6"
+    assert chosen["macros"]["FASTGAN_CUDA_ARCHITECTURES"] == '"8.6"'
+
+
+def test_a_toolkit_of_another_cuda_is_one_line(tmp_path: Path) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA, so no toolkit is looked for")
+    toolkit = fake_toolkit(tmp_path, "10.2", "")
+    line = last_line(run_setup(CUDA_HOME=str(toolkit)))
+    assert "is 10.2, torch was built for CUDA " + torch.version.cuda in line
+    assert "FASTGAN_BUILD_CUDA=0" in line
+    assert planned(CUDA_HOME=str(toolkit), FASTGAN_BUILD_CUDA="0")["sources"]
+
+
+def test_without_a_toolkit_cuda_is_left_out_unless_demanded(tmp_path: Path) -> None:
+    nothing = str(tmp_path)
+    plan = planned(CUDA_HOME=nothing)
+    assert not [source for source in plan["sources"] if source.endswith(".cu")]
+    line = last_line(run_setup(CUDA_HOME=nothing, FASTGAN_BUILD_CUDA="1"))
+    assert "FASTGAN_BUILD_CUDA=1 needs nvcc on PATH, or CUDA_HOME" in line
+
+
+def test_without_a_compiler_the_package_is_pure_python(tmp_path: Path) -> None:
+    result = run_setup(PATH=str(tmp_path))
+    assert json.loads(result.stdout)["sources"] == []
+    assert "no C++ compiler that finds Python.h" in result.stderr
+    assert "needs a C++ compiler" in last_line(
+        run_setup(PATH=str(tmp_path), FASTGAN_BUILD_CUDA="1")
+    )
+
+
+def test_without_torch_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('none here')\n")
+    line = last_line(run_setup(PYTHONPATH=str(tmp_path)))
+    assert "pip install torch, then pip install --no-build-isolation ." in line
+
+
+def test_a_wrong_setting_is_one_line() -> None:
+    line = last_line(run_setup(FASTGAN_BUILD_CUDA="yes"))
+    assert line == "fastgan: FASTGAN_BUILD_CUDA must be auto, 0 or 1, got 'yes'"
+
+
+# --- What was built -----------------------------------------------------------------------------
+
+
+def test_build_info() -> None:
+    info = _dispatch.BUILD_INFO
+    if info is None:
+        pytest.skip(_dispatch.missing("native", "cpu") or "")
+    assert info["torch"] == torch.__version__.split("+")[0]
+    assert info["openmp"] or sys.platform == "darwin"
+    if info["cuda"] is not None:
+        assert info["cuda"].split(".")[0] == str(torch.version.cuda).split(".")[0]
+        assert re.fullmatch(r"[\d.;+PTX ]+", info["cuda_architectures"])
+
+
+@pytest.mark.parametrize("capability", ["75", "90", "120"])
+def test_cuda_kernels_compile_without_spills(capability: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None or torch.version.cuda is None:
+        if "native" in os.environ.get("FASTGAN_REQUIRE", ""):
+            pytest.fail("FASTGAN_REQUIRE=native, but there is no nvcc or no CUDA build of torch")
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if f"compute_{capability}" not in known.split():
+        pytest.skip(f"this nvcc does not know capability {capability}")
+    include = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
+    sources = sorted((ROOT / "csrc").glob("*.cu"))
+    assert sources
+    for source in sources:
+        result = subprocess.run(
+            [
+                nvcc,
+                "-std=c++20",
+                "-O3",
+                "-cubin",
+                f"-arch=sm_{capability}",
+                "--expt-relaxed-constexpr",
+                "-Xptxas=-v",
+                f"-I{sysconfig.get_path('include')}",
+                *include,
+                str(source),
+                "-o",
+                str(tmp_path / "kernels.cubin"),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
+        kernels = len(re.findall(r"Compiling entry function", result.stderr))
+        assert kernels > 20
+        assert used.count(("0", "0")) == len(used) >= kernels, result.stderr
