@@ -127,12 +127,14 @@ def _targets(content: Sequence[Path], out: Path) -> dict[Path, Path]:
             writable = source.suffix.lower() in _WRITABLE
             name = source.relative_to(root)
             targets[source] = out / (name if writable else name.with_suffix(".png"))
-    if out.suffix and not out.is_dir():  # a file is meant
-        if out.suffix.lower() not in _WRITABLE:
-            raise ValueError(f"out: {out} must end in one of {', '.join(sorted(_WRITABLE))}")
-        if len(targets) > 1 or content[0].is_dir():
+    single = len(content) == 1 and not content[0].is_dir()
+    if not out.is_dir():
+        if out.suffix.lower() in _WRITABLE and not single:
             raise ValueError(f"out: must be a folder for more than one picture, got {out}")
-        targets = dict.fromkeys(targets, out)
+        if out.suffix and single:
+            if out.suffix.lower() not in _WRITABLE:
+                raise ValueError(f"out: {out} must end in one of {', '.join(sorted(_WRITABLE))}")
+            targets = {content[0]: out}
     _refuse_to_overwrite(targets)
     return targets
 

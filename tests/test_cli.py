@@ -1,0 +1,306 @@
+"""The command line: what it says, and with which exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgan
+from dummy_recipe import Dummy
+from fastgan import cli
+from fastgan.recipes import RECIPES
+from fastgan.training.config import Pictures
+from pictures import write_pictures
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def train(folders: Pictures, out: Path, *more: str, recipe: str = "dummy") -> int:
+    return cli.main(
+        [
+            "train", recipe, "--content", str(folders.content), "--style", str(folders.style),
+            "--out", str(out), "--steps", "2", "--workers", "0", *more,
+        ]
+    )  # fmt: skip
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What standard error holds, which must be one line of fastgan's."""
+    said = capsys.readouterr().err
+    assert said.startswith("fastgan: "), said
+    assert said.endswith("\n"), said
+    assert said.count("\n") == 1, said
+    return said.removeprefix("fastgan: ").strip()
+
+
+def test_train_then_stylize(
+    folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folders, tmp_path / "run") == 0
+    assert str(tmp_path / "run" / "latest.safetensors") in capsys.readouterr().out
+    stylize = [
+        "stylize", "--checkpoint", str(tmp_path / "run"), "--content",
+        str(folders.content / "0.png"), str(folders.content / "1.png"),
+        "--style", str(folders.style / "0.png"), "--out", str(tmp_path / "out"), "--alpha", "0.5",
+    ]  # fmt: skip
+    assert cli.main(stylize) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out' / '0.png'} and 1 more\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png"]
+
+
+def test_flags_win_over_the_preset_and_over_the_checkpoint(
+    folders: Pictures, tmp_path: Path
+) -> None:
+    assert train(folders, tmp_path, "--preset", "large", "--batch-size", "1", "--no-flip") == 0
+    first = fastgan.checkpoint.read_header(tmp_path / "latest.safetensors")["config"]
+    assert first["recipe"]["width"] == 16
+    assert first["augmentation"] == {
+        "size": 48, "resize": None, "flip": False, "rotate": 0.0, "jitter": 0.0,
+    }  # fmt: skip
+    assert first["training"]["batch_size"] == 1
+    resume = ["train", "dummy", "--out", str(tmp_path), "--resume", "--steps", "3"]
+    assert cli.main([*resume, "--weight-content", "2.5"]) == 0
+    second = fastgan.checkpoint.read_header(tmp_path / "latest.safetensors")
+    assert second["step"] == 3
+    assert second["config"]["augmentation"] == first["augmentation"]
+    assert second["config"]["recipe"] == {**first["recipe"], "weight_content": 2.5}
+    # the same command once more, --no-flip included, with --resume
+    assert train(folders, tmp_path, "--no-flip", "--resume") == 0
+
+
+class TestWrongArguments:
+    """One clear line, exit code 2, no traceback."""
+
+    def test_missing_folder(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        missing = Pictures(tmp_path / "nowhere", folders.style)
+        assert train(missing, tmp_path / "run") == 2
+        assert one_line(capsys) == f"no such file or folder: {tmp_path / 'nowhere'}"
+        assert not (tmp_path / "run").exists()
+
+    def test_empty_folder(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        assert train(Pictures(folders.content, tmp_path / "empty"), tmp_path / "run") == 2
+        assert one_line(capsys) == f"style: no readable picture in {tmp_path / 'empty'}"
+
+    def test_strict(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "bad" / "text.png").write_text("no picture")
+        bad = Pictures(folders.content, tmp_path / "bad")
+        assert train(bad, tmp_path / "run", "--strict") == 2
+        assert "text.png" in one_line(capsys)
+
+    def test_unknown_recipe(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path / "run", recipe="dumy") == 2
+        said = one_line(capsys)
+        assert said.startswith("unknown recipe 'dumy'; known: ")
+        assert "dummy" in said
+
+    def test_unknown_preset(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path / "run", "--preset", "huge") == 2
+        assert one_line(capsys) == "unknown preset 'huge' of dummy; known: small, large"
+
+    def test_checkpoint_of_another_recipe(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        class Other(Dummy):
+            name = "other"
+
+        monkeypatch.setitem(RECIPES, "other", Other)
+        assert train(folders, tmp_path) == 0
+        capsys.readouterr()
+        assert train(folders, tmp_path, "--resume", recipe="other") == 2
+        assert "a checkpoint of the recipe dummy, not of other" in one_line(capsys)
+
+    def test_preset_of_another_run(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path) == 0
+        capsys.readouterr()
+        assert train(folders, tmp_path, "--resume", "--preset", "large") == 2
+        assert one_line(capsys) == f"preset: {tmp_path} was begun with small, got large"
+
+    def test_future_checkpoint(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert train(folders, tmp_path) == 0
+        latest = (tmp_path / "latest.safetensors").resolve()
+        state = fastgan.checkpoint.load(latest)
+        state["config"]["recipe"]["invention"] = 1
+        fastgan.checkpoint.save(latest, {**state, "fastgan": "9.0"})
+        capsys.readouterr()
+        assert train(folders, tmp_path, "--resume") == 2
+        assert one_line(capsys) == (
+            f"{latest} (fastgan 9.0): config.recipe.invention: "
+            "unknown to this version of fastgan; a newer one wrote it"
+        )
+
+    def test_damaged_checkpoint(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path) == 0
+        (tmp_path / "latest.safetensors").resolve().write_bytes(b"nonsense")
+        capsys.readouterr()
+        assert train(folders, tmp_path, "--resume") == 2
+        assert "truncated, or no safetensors file" in one_line(capsys)
+
+    def test_out_holds_a_run(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path) == 0
+        capsys.readouterr()
+        assert train(folders, tmp_path) == 2
+        assert one_line(capsys).startswith(f"out: {tmp_path} holds a run; --resume goes on")
+        assert train(folders, tmp_path, "--overwrite") == 0
+
+    @pytest.mark.parametrize("out", ["/proc/run", "/dev/null", "/dev/null/run"])
+    def test_out_not_writable(
+        self, folders: Pictures, capsys: pytest.CaptureFixture[str], out: str
+    ) -> None:
+        if not Path("/proc/self").exists():
+            pytest.skip("needs /proc")
+        assert train(folders, Path(out)) == 2
+        assert one_line(capsys).startswith("out: ")
+
+    def test_device_that_is_not_here(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert train(folders, tmp_path / "run", "--device", "cuda:99") == 2
+        assert one_line(capsys).startswith("device 'cuda:99' cannot be used here: ")
+        assert train(folders, tmp_path / "run", "--device", "toaster") == 2
+        assert one_line(capsys).startswith("device 'toaster' cannot be used here: ")
+
+    def test_unknown_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["trian"]) == 2
+        assert one_line(capsys).startswith("unknown command 'trian'; known: train, ")
+
+    @pytest.mark.parametrize(
+        "more", [("--steps", "0"), ("--size", "-3"), ("--stepz", "3"), ("--resume", "--overwrite")]
+    )
+    def test_bad_flags(
+        self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str
+    ) -> None:
+        assert train(folders, tmp_path / "run", *more) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert more[0].strip("-") in said
+        assert not (tmp_path / "run").exists()
+
+    def test_flags_left_out(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", "dummy"]) == 2
+        said = capsys.readouterr().err
+        assert all(flag in said for flag in ("--content", "--style", "--out"))
+
+
+class TestFaults:
+    """One clear line and exit code 1 for what goes wrong on the way."""
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("loss", "step 1: the loss generator/content is not finite"),
+            ("gradient", "step 1: the weights generator"),
+            ("memory", "out of memory: 2 pictures of 32 px"),
+        ],
+    )
+    def test_fault(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        fault: str,
+        message: str,
+    ) -> None:
+        flags = ("--fault", fault, "--fault-step", "0", "--checkpoint-every", "1")
+        assert train(folders, tmp_path, *flags) == 1
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        last = [line for line in said.splitlines() if line.startswith("fastgan: ")]
+        assert len(last) == 1
+        assert last[0].startswith(f"fastgan: {message}")
+
+    @pytest.mark.parametrize(
+        ("module", "command"),
+        [("tyro", "train"), ("tqdm", "stylize"), ("safetensors", "stylize"), ("PIL", "train")],
+    )
+    def test_missing_extra(
+        self, capsys: pytest.CaptureFixture[str], command: str, module: str, tmp_path: Path
+    ) -> None:
+        code = (
+            "import sys\n"
+            f"sys.modules[{module!r}] = None\n"
+            "from fastgan import cli\n"
+            "sys.exit(cli.main(sys.argv[1:]))\n"
+        )
+        flags = {
+            "train": ["x", "--content", "a", "--style", "b", "--out", "c"],
+            "stylize": ["--checkpoint", "a", "--content", "b", "--style", "c", "--out", "d"],
+        }[command]
+        ended = subprocess.run(
+            [sys.executable, "-c", code, command, *flags],
+            capture_output=True, text=True, timeout=60, check=False,
+            cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        assert ended.returncode == 1, ended.stderr
+        assert ended.stderr.count("\n") == 1, ended.stderr
+        assert "pip install 'fastgan[train]'" in ended.stderr
+
+
+class TestHelp:
+    def test_top(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments in ([], ["--help"]):
+            assert cli.main(arguments) == 0
+            said = capsys.readouterr().out
+            assert all(f"  {command} " in said for command in ("train", "stylize", "env"))
+
+    def test_train(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", "--help"]) == 0
+        assert "dummy" in capsys.readouterr().out
+
+    def test_recipe(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", "dummy", "--help", "--preset", "large"]) == 0
+        said = capsys.readouterr().out
+        flags = (
+            "content style out steps size batch-size preset precision seed checkpoint-every resume "
+            "overwrite weight-content objective strict workers log-every device"
+        )
+        assert all(f"--{flag}" in said for flag in flags.split())
+        assert "Presets: small, large." in said
+        assert "(default: 48)" in said
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == fastgan.__version__
+
+    def test_env(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["env"]) == 0
+        assert f"fastgan {fastgan.__version__}" in capsys.readouterr().out
+        assert cli.main(["env", "now"]) == 2
+
+    def test_as_a_module(self) -> None:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fastgan.cli", "--version"],
+            capture_output=True, text=True, timeout=60, check=True,
+            cwd=Path(__file__).parent.parent,
+        )  # fmt: skip
+        assert ended.stdout.strip() == fastgan.__version__

@@ -1,0 +1,232 @@
+"""A training that was killed or stopped ends, once resumed, in the bits of one that was not."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dummy_recipe import Dummy
+from fastgan import checkpoint, cli
+from fastgan.training import Trainer, preset_config
+from fastgan.training.config import Output, Pictures, TrainConfig
+from fastgan.training.engine import EagerEngine
+from fastgan.training.run_folder import RunFolder
+from fastgan.training.state import engine_state, restore_engine
+from pictures import write_pictures
+
+STEPS = 23
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def make_config(
+    pictures: Pictures, out: Path, resume: bool = False, **training: Any
+) -> TrainConfig:
+    output = Output(out, checkpoint_every=5, log_every=3, sample_every=4, resume=resume)
+    config = preset_config(Dummy, None, pictures, output)
+    return dataclasses.replace(
+        config, training=dataclasses.replace(config.training, steps=STEPS, **training)
+    )
+
+
+def flags(pictures: Pictures, out: Path, **more: Any) -> list[str]:
+    given = {
+        "content": pictures.content,
+        "style": pictures.style,
+        "workers": pictures.workers,
+        "out": out,
+        "steps": STEPS,
+        "checkpoint-every": 5,
+        "log-every": 3,
+        "sample-every": 4,
+        **more,
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def run_and_signal(
+    arguments: list[str], step: int, signum: int
+) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own that sends itself `signum` in `step`."""
+    script = Path(__file__).with_name("dummy_recipe.py")
+    root = str(script.parent.parent)
+    return subprocess.run(
+        [sys.executable, str(script), "train", "dummy", *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "DUMMY_SIGNAL_STEP": str(step),
+            "DUMMY_SIGNAL": str(int(signum)),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a tree by its path."""
+    if isinstance(value, dict):
+        return {
+            k: v for key, item in value.items() for k, v in leaves(item, f"{path}/{key}").items()
+        }
+    if isinstance(value, list | tuple):
+        return {
+            k: v for i, item in enumerate(value) for k, v in leaves(item, f"{path}/{i}").items()
+        }
+    return {path: value}
+
+
+def assert_same_training(ours: Path, theirs: Path) -> None:
+    """The same bits in everything but the configs, which name the folder."""
+    states = [leaves(checkpoint.load(path / "latest.safetensors")) for path in (ours, theirs)]
+    for state in states:
+        for name in [name for name in state if name.startswith("/config/")]:
+            del state[name]
+    assert states[0].keys() == states[1].keys()
+    tensors = 0
+    for name, value in states[0].items():
+        other = states[1][name]
+        if isinstance(value, torch.Tensor):
+            tensors += 1
+            assert value.stride() == other.stride(), name
+            assert torch.equal(value, other), name
+        elif isinstance(value, np.ndarray):
+            assert np.array_equal(value, other), name
+        else:
+            assert value == other, name
+    assert tensors > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_kill_and_resume(folders: Pictures, tmp_path: Path, precision: Any) -> None:
+    step = random.SystemRandom().randrange(1, STEPS)
+    print(f"killed in step {step}")
+    whole = make_config(folders, tmp_path / "whole", precision=precision)
+    Trainer(Dummy, whole).train()
+    arguments = flags(folders, tmp_path / "killed", precision=precision)
+    ended = run_and_signal(arguments, step, signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    trainer = Trainer(Dummy, make_config(folders, tmp_path / "killed", True, precision=precision))
+    assert trainer.step == step // 5 * 5
+    assert trainer.recipe.generator[0].weight.is_contiguous(memory_format=torch.channels_last)
+    trainer.train()
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stop_and_resume(folders: Pictures, tmp_path: Path, signum: int) -> None:
+    with_workers = dataclasses.replace(folders, workers=2)
+    Trainer(Dummy, make_config(folders, tmp_path / "whole")).train()
+    ended = run_and_signal(flags(with_workers, tmp_path / "stopped"), 7, signum)
+    assert ended.returncode == 128 + signum, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"fastgan: {signal.Signals(signum).name} after step 8: saved")
+    assert "Traceback" not in ended.stderr
+    # --resume alone goes on with the settings of the checkpoint
+    assert cli.main(["train", "dummy", "--out", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert_same_training(tmp_path / "stopped", tmp_path / "whole")
+    lines = (tmp_path / "stopped" / "losses.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [3, 6, 9, 12, 15, 18, 21, 23]
+
+
+def test_killed_before_the_first_checkpoint(
+    folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path))._write_config()
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, resume=True))
+    assert trainer.step == 0
+    assert "no checkpoint yet" in caplog.text
+
+
+def test_losses_and_pictures_of_undone_steps_are_replaced(
+    folders: Pictures, tmp_path: Path
+) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path)).train()
+    complete = (tmp_path / "losses.jsonl").read_text()
+    run = RunFolder(tmp_path)
+    run.newest().unlink()  # as if killed after step 23 was logged and before it was saved
+    with (tmp_path / "losses.jsonl").open("a") as file:
+        file.write('{"step": 24, "genera')
+    Trainer(Dummy, make_config(folders, tmp_path, resume=True)).train()
+
+    def without_speed(text: str) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+    again = without_speed((tmp_path / "losses.jsonl").read_text())
+    assert [line["step"] for line in again] == [3, 6, 9, 12, 15, 18, 21, 23]
+    assert again[:6] == without_speed(complete)[:6]  # of step 21, one step out of three was redone
+    assert again[-1] == without_speed(complete)[-1]
+
+
+def test_a_complete_run_is_left_alone(folders: Pictures, tmp_path: Path) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path)).train()
+    before = (tmp_path / "latest.safetensors").stat()
+    Trainer(Dummy, make_config(folders, tmp_path, resume=True)).train()
+    assert (tmp_path / "latest.safetensors").stat() == before
+
+
+def test_other_settings_are_said(
+    folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path)).train()
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        Trainer(Dummy, make_config(folders, tmp_path, resume=True, batch_size=3))
+    assert "other settings than before: training.batch_size: 2 -> 3" in caplog.text
+
+
+def test_other_networks_are_refused(folders: Pictures, tmp_path: Path) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path)).train()
+    config = make_config(folders, tmp_path, resume=True)
+    wider = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, width=9))
+    with pytest.raises(ValueError, match=r"generator.0.weight is \[8, 6, 3, 3\] there and \[9, 6"):
+        Trainer(Dummy, wider)
+
+
+def test_optimizer_state_takes_the_strides_of_its_parameter() -> None:
+    """With NCHW moments beside channels_last weights, fused Adam on a CPU goes wrong silently."""
+
+    def engine(seed: int) -> EagerEngine:
+        torch.manual_seed(seed)
+        recipe = Dummy(Dummy.presets["small"].config)
+        recipe.begin_training()
+        recipe.to(memory_format=torch.channels_last)
+        return EagerEngine(recipe, torch.device("cpu"), "fp32", 0.9)
+
+    keys = [key for key in engine(0).recipe.state_dict() if "extractor" not in key]
+    batch = {domain: torch.rand(2, 3, 16, 16) for domain in Dummy.domains}
+    batch |= {"slot": torch.tensor([0]), "fault": torch.tensor(False)}
+    first, second = engine(0), engine(1)
+    first.step(batch, 0, 10)
+    state = engine_state(first, keys)
+    for moments in state["optimizers"]["generator"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = moments[name].contiguous()
+    restore_engine(second, keys, state)
+    second.recipe.extractor.load_state_dict(first.recipe.extractor.state_dict())
+    for each in (first, second):
+        torch.manual_seed(2)
+        for step in (1, 2):
+            each.step(batch, step, 10)
+    for ours, theirs in zip(first.recipe.parameters(), second.recipe.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
