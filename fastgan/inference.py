@@ -42,7 +42,9 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
     try:
         kind = recipe_class(state["recipe"])
         recipe = kind(from_json(kind.config_class, state["config"]["recipe"], "config.recipe"))
-        recipe.load_state_dict({**state["networks"], **state["average"]})
+        recipe.load_state_dict(state["networks"])
+        # Apart, because a weight that networks share has one name here and two names there.
+        recipe.load_state_dict(state["average"], strict=False)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} (fastgan {state.get('fastgan')}): {reason}") from None

@@ -72,11 +72,13 @@ class Dummy(Recipe):
         self.discriminator = nn.Sequential(
             nn.Conv2d(3, width, 4, stride=2), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4)
         )
-        self.register_buffer("pool", torch.zeros(4, 3, 8, 8))
-        self.pool: Tensor
 
-    def begin_training(self) -> None:
+    def begin_training(self, size: int) -> None:
+        self.pool = torch.nn.Buffer(torch.zeros(4, 3, size // 4, size // 4))
         self.extractor = nn.Conv2d(3, 4, 3).requires_grad_(False)
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {"pool": self.pool}
 
     def networks(self, phase: str) -> Sequence[nn.Module]:
         return [self.get_submodule(phase)]
@@ -106,7 +108,8 @@ class Dummy(Recipe):
     def losses(self, phase: str, batch: Batch, scratch: Tensor) -> dict[str, Tensor]:
         if phase == "discriminator":
             with torch.no_grad():
-                self.pool.index_copy_(0, batch["slot"], scratch[:1, :, :8, :8].to(self.pool.dtype))
+                small = nn.functional.adaptive_avg_pool2d(scratch[:1], self.pool.shape[2])
+                self.pool.index_copy_(0, batch["slot"], small.to(self.pool.dtype))
             real = self.discriminator(batch["style"]).float()
             fake = self.discriminator(scratch.detach()).float()
             return {"real": softplus(-real).mean(), "fake": softplus(fake).mean()}

@@ -65,7 +65,7 @@ def engine_and_batch(
 ) -> tuple[EagerEngine, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     recipe = Dummy(DummyConfig(**changes))
-    recipe.begin_training()
+    recipe.begin_training(size=16)
     recipe.to(dtype).to(memory_format=torch.channels_last)
     engine = EagerEngine(recipe, torch.device("cpu"), precision, 0.9)
     images = {
@@ -200,9 +200,9 @@ def test_a_run_leaves_what_it_says(folders: Pictures, tmp_path: Path) -> None:
     assert config_from_json(Dummy, written["config"]) == config
     state = checkpoint.load(run.latest)
     assert set(state["networks"]) == {
-        name for name in trainer.recipe.state_dict() if not name.startswith("extractor")
+        name for name in trainer.recipe.state_dict() if not name.startswith(("extractor", "pool"))
     }
-    assert state["networks"]["pool"].abs().sum() > 0
+    assert state["training_state"]["pool"].abs().sum() > 0
 
 
 def test_steps_default_to_the_recipe(folders: Pictures, tmp_path: Path) -> None:
@@ -250,6 +250,21 @@ def test_samples_show_the_average_and_draw_nothing(folders: Pictures, tmp_path: 
     assert torch.equal(seen[-1], results[1]["average"]["generator.0.weight"])
     assert not torch.equal(seen[-1], results[1]["networks"]["generator.0.weight"])
     assert torch.equal(seen[2], seen[3])  # three grids on the way changed nothing
+
+
+def test_training_state_comes_back_where_it_fits(
+    folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path, steps=2)).train()
+    saved = checkpoint.load(tmp_path / "latest.safetensors")["training_state"]["pool"]
+    pools = []
+    for size in (32, 48):
+        config = make_config(folders, tmp_path, {"resume": True}, steps=3, size=size, resize=64)
+        pools.append(Trainer(Dummy, config).recipe.pool)
+    assert torch.equal(pools[0], saved)
+    assert pools[1].shape[2] == 12
+    assert not pools[1].any()
+    assert "the checkpoint's pool cannot be used here" in caplog.text
 
 
 def test_keep(folders: Pictures, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ trainer's; a recipe is written as if none of them existed and keeps three promis
   value) and take every tensor that differs between steps from `batch`, so that a step can be
   captured once and replayed; what chance decides on the host comes from `draw`.
 - `begin_step` changes no state: it may run once per phase when gradients are accumulated.
-- state beyond the networks' weights (an image pool) lives in persistent buffers of the recipe and
+- state beyond the networks' weights (an image pool) lives in the tensors of `training_state` and
   changes in place.
 """
 
@@ -69,9 +69,9 @@ class Recipe(nn.Module, abc.ABC):
     """Networks and the losses that train them.
 
     A subclass is constructed from its config alone, on the CPU, with weights drawn from torch's
-    default generator, and registers as submodules and buffers what a checkpoint holds: its
-    networks, its state. What only training needs and a checkpoint does not hold (a frozen feature
-    extractor, whose parameters have ``requires_grad=False``) is added by `begin_training`.
+    default generator, and registers its networks as submodules. What only training needs is added
+    by `begin_training`: what a checkpoint does not hold (a frozen feature extractor, whose
+    parameters have ``requires_grad=False``), and what it holds as `training_state`.
     """
 
     name: ClassVar[str]
@@ -92,8 +92,21 @@ class Recipe(nn.Module, abc.ABC):
         super().__init__()
         self.config = config
 
-    def begin_training(self) -> None:
-        """Add frozen extractors and the like; called once, on the CPU, before the first step."""
+    def begin_training(self, size: int) -> None:
+        """Add frozen extractors, an image pool and the like; called once, on the CPU, before the
+        first step.
+
+        Args:
+            size: height and width of the training crops, in pixels.
+        """
+
+    def training_state(self) -> Mapping[str, Tensor]:
+        """Tensors that decide how a training goes on, besides weights: those of an image pool.
+
+        A checkpoint holds them and a resumed training copies them back, into a recipe that
+        `begin_training` has seen.
+        """
+        return {}
 
     @abc.abstractmethod
     def networks(self, phase: str) -> Sequence[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from fastgan.training.engine import EagerEngine
 
+log = logging.getLogger(__name__)
+
 
 def engine_state(engine: EagerEngine, keys: Iterable[str]) -> dict[str, Any]:
-    """Networks (the entries `keys` of the recipe's state dict), averages, optimizers, scaler."""
+    """Networks (the entries `keys` of the recipe's state dict) and all that trains them."""
     networks = engine.recipe.state_dict()
     return {
         "networks": {key: networks[key] for key in keys},
@@ -28,6 +31,7 @@ def engine_state(engine: EagerEngine, keys: Iterable[str]) -> dict[str, Any]:
             for phase, optimizer in engine.optimizers.items()
         },
         "scaler": engine.scaler.state_dict(),
+        "training_state": dict(engine.recipe.training_state()),
     }
 
 
@@ -56,6 +60,13 @@ def restore_engine(engine: EagerEngine, keys: Iterable[str], state: dict[str, An
             }
     if engine.scaler.is_enabled() and state["scaler"]:
         engine.scaler.load_state_dict(state["scaler"])
+    own, saved = dict(engine.recipe.training_state()), state["training_state"]
+    if {key: value.shape for key, value in own.items()} == {
+        key: value.shape for key, value in saved.items()
+    }:
+        _copy(own, saved)
+    else:  # crops of another size, say
+        log.warning("the checkpoint's %s cannot be used here: begun anew", ", ".join(saved))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

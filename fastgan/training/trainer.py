@@ -78,7 +78,7 @@ class Trainer:
         _seed(training.seed)
         self.recipe = recipe(config.recipe)
         self._keys = tuple(self.recipe.state_dict())
-        self.recipe.begin_training()
+        self.recipe.begin_training(config.augmentation.size)
         self.recipe.to(self._device).to(memory_format=torch.channels_last)
         self._engine = EagerEngine(self.recipe, self._device, self._precision, training.ema_decay)
         self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
