@@ -72,6 +72,7 @@ def _train(arguments: list[str]) -> int:
     import tyro
 
     from fastgan.checkpoint import CheckpointError
+    from fastgan.images import ImageError
     from fastgan.recipes import RECIPES, recipe_class
     from fastgan.training import Trainer, TrainingError, TrainingInterrupted
     from fastgan.training.config import TrainConfig
@@ -95,12 +96,13 @@ def _train(arguments: list[str]) -> int:
             args=flags,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         )
-        trainer = Trainer(recipe, config, progress=True)
     try:
+        with _usage_errors():
+            trainer = Trainer(recipe, config, progress=True)
         trainer.train()
     except TrainingInterrupted as error:
         return _fail(128 + error.signum, str(error))
-    except (TrainingError, CheckpointError) as error:
+    except (TrainingError, CheckpointError, ImageError, OSError) as error:
         return _fail(1, str(error))
     run = config.output.out
     print(

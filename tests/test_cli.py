@@ -11,6 +11,7 @@ from dummy_recipe import Dummy
 from fastgan import cli
 from fastgan.recipes import RECIPES
 from fastgan.training.config import Pictures
+from fastgan.training.data import Augmentation, PictureStream
 from pictures import write_pictures
 
 
@@ -235,9 +236,23 @@ class TestFaults:
         assert train(folders, tmp_path, *flags) == 1
         said = capsys.readouterr().err
         assert "Traceback" not in said
-        last = [line for line in said.splitlines() if line.startswith("fastgan: ")]
-        assert len(last) == 1
-        assert last[0].startswith(f"fastgan: {message}")
+        *earlier, last = [line for line in said.splitlines() if line.startswith("fastgan: ")]
+        assert last.startswith(f"fastgan: {message}")
+        assert len(earlier) == 2  # device and precision, pictures
+
+    def test_a_picture_that_goes_bad_under_strict(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        bad = write_pictures(tmp_path / "pictures")
+        late = PictureStream(bad.folders, Augmentation(32), batch_size=2).batch(1).paths[0]
+        late.write_text("no picture")
+        assert train(bad, tmp_path / "run", "--strict") == 1
+        said = capsys.readouterr().err
+        assert f"fastgan: {late}: no picture\n" in said
+        assert "Traceback" not in said
 
     @pytest.mark.parametrize(
         ("module", "command"),

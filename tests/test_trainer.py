@@ -360,7 +360,7 @@ class TestGuards:
             Trainer(Dummy, config).train()
         assert str(caught.value) == (
             "out of memory: 2 pictures of 32 px of each kind in fp32 on cpu; a smaller "
-            "--batch-size or --size helps, and so does --precision bf16"
+            "--batch-size or --size and --precision bf16 will help"
         )
 
     def test_losses_must_be_scalars(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from types import FrameType
 
 import torch
 from torch import Tensor
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 
 
 class TrainingError(RuntimeError):
@@ -27,23 +30,22 @@ class TrainingInterrupted(TrainingError):
 class LossLedger:
     """Losses summed and watched on the device; the host waits for it only when it asks.
 
-    Once a loss term has not been finite for more than `patience` steps in a row, `tripped` is 1
-    (a float, as optimizers want their `found_inf`), and an optimizer that heeds it no longer
+    Once a loss of a phase has not been finite for more than `patience` steps in a row, `tripped` is
+    1 (a float, as optimizers want their `found_inf`), and an optimizer that heeds it no longer
     changes the weights. Some patience is due under a GradScaler, which skips such steps.
     """
 
     def __init__(self, device: torch.device, patience: int = 0) -> None:
         self.tripped = torch.zeros((), device=device)
         self._patience = patience
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._streak: dict[tuple[str, ...], Tensor] = {}  # bad steps in a row
-        self._bad_step: dict[tuple[str, ...], Tensor] = {}  # by term; -1 while all is well
+        self._step = torch.zeros((), dtype=torch.int64, device=device)  # stands still once tripped
+        self._losses: dict[str, _Watched] = {}
+        self._metrics: dict[tuple[str, ...], Tensor] = {}
         self._count = 0
 
     def begin_step(self, step: int) -> None:
-        """Steps must be announced before their values are recorded."""
-        self._step.fill_(step)
+        """To be called before the values of `step` are recorded."""
+        self._step.copy_(torch.where(self.tripped > 0, self._step, step))
         self._count += 1
 
     def record_losses(self, phase: str, terms: Mapping[str, Tensor]) -> Tensor:
@@ -54,55 +56,65 @@ class LossLedger:
                     f"losses: the term {name!r} of phase {phase!r} must be a scalar, "
                     f"got shape {list(term.shape)}"
                 )
-        names = tuple(f"{phase}/{name}" for name in terms)
         stacked = torch.stack(list(terms.values()))
+        total = stacked.sum()
         values = stacked.detach()
-        self._add(names, values)
-        self._watch(names, ~values.isfinite())
-        return stacked.sum()
-
-    def _watch(self, names: tuple[str, ...], bad: Tensor) -> None:
-        if names not in self._streak:
-            self._streak[names] = torch.zeros_like(self._step)
-            self._bad_step[names] = torch.full_like(bad, -1, dtype=torch.int64)
-        streak, bad_step = self._streak[names], self._bad_step[names]
-        streak.add_(1).mul_(bad.any())
-        trip = (streak > self._patience) & (self.tripped == 0)
-        bad_step.copy_(torch.where(bad & trip, self._step, bad_step))
-        self.tripped.copy_(torch.maximum(self.tripped, trip))
+        if phase not in self._losses:
+            self._losses[phase] = _Watched(tuple(terms), values)
+        watched = self._losses[phase]
+        watched.sums += values
+        watched.last.copy_(torch.where(self.tripped > 0, watched.last, values))
+        finite = total.detach() * 0 == 0
+        watched.streak.add_(1).masked_fill_(finite, 0)
+        self.tripped.copy_(torch.maximum(self.tripped, watched.streak > self._patience))
+        return total
 
     def record_metrics(self, metrics: Mapping[str, Tensor]) -> None:
         """Notes values that nothing minimises."""
         if metrics:
-            self._add(tuple(metrics), torch.stack(list(metrics.values())).detach())
-
-    def _add(self, names: tuple[str, ...], values: Tensor) -> None:
-        if names not in self._sums:
-            self._sums[names] = torch.zeros_like(values)
-        self._sums[names] += values
+            values = torch.stack(list(metrics.values())).detach()
+            self._metrics.setdefault(tuple(metrics), torch.zeros_like(values)).add_(values)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """Losses and metrics, means per step since the last reading. Waits for the device."""
-        losses: dict[str, float] = {}
-        metrics: dict[str, float] = {}
-        for names, sums in self._sums.items():
-            into = losses if names in self._streak else metrics
-            into.update((n, s / self._count) for n, s in zip(names, sums.tolist(), strict=True))
-            sums.zero_()
+        losses = {
+            f"{phase}/{name}": mean
+            for phase, watched in self._losses.items()
+            for name, mean in self._means(watched.names, watched.sums)
+        }
+        metrics = {
+            name: mean
+            for names, sums in self._metrics.items()
+            for name, mean in self._means(names, sums)
+        }
         self._count = 0
         return losses, metrics
+
+    def _means(self, names: tuple[str, ...], sums: Tensor) -> list[tuple[str, float]]:
+        means = [total / self._count for total in sums.tolist()]
+        sums.zero_()
+        return list(zip(names, means, strict=True))
 
     def bad(self) -> tuple[int, list[str]] | None:
         """The step that tripped, and its terms that were not finite. Waits for the device."""
         if not self.tripped.item():
             return None
-        steps = {
-            name: step
-            for names, steps in self._bad_step.items()
-            for name, step in zip(names, steps.tolist(), strict=True)
-            if step >= 0
-        }
-        return min(steps.values()), list(steps)
+        return int(self._step), [
+            f"{phase}/{name}"
+            for phase, watched in self._losses.items()
+            for name, value in zip(watched.names, watched.last.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+
+
+class _Watched:
+    """The losses of one phase."""
+
+    def __init__(self, names: tuple[str, ...], values: Tensor) -> None:
+        self.names = names
+        self.sums = torch.zeros_like(values)
+        self.last = torch.zeros_like(values)  # of the step that tripped, once one did
+        self.streak = torch.zeros_like(values[0], dtype=torch.int64)  # steps not finite, in a row
 
 
 @contextlib.contextmanager
@@ -110,9 +122,8 @@ def memory_errors(hint: str) -> Iterator[None]:
     """Turns the ways of PyTorch to say 'out of memory' into a TrainingError that ends in `hint`."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in text:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
             raise TrainingError(f"out of memory: {hint}") from error
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +56,8 @@ class Reporter:
         speed = self._clock.lap(step) * pictures_per_step
         values = {**losses, **others, "images_per_second": speed}
         with self._losses.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            numbers = {n: v if math.isfinite(v) else None for n, v in values.items()}
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         shown = " ".join(f"{name.partition('/')[2]} {loss:.3g}" for name, loss in losses.items())

@@ -42,8 +42,8 @@ _SMALLEST_SCALE = 2.0**-14  # of a GradScaler: gradients that overflow even here
 class Trainer:
     """Trains `recipe` as `config` says and leaves the result in ``config.output.out``.
 
-    The constructor refuses what can be refused and writes nothing; `train` does the work. Seeds
-    the global random number generators.
+    The constructor refuses what can be refused and makes the folder, no more; `train` does the
+    work. Both set the global random number generators.
 
     Args:
         progress: show a progress bar on standard error.
@@ -79,13 +79,18 @@ class Trainer:
         self.recipe = recipe(config.recipe)
         self._keys = tuple(self.recipe.state_dict())
         self.recipe.begin_training(config.augmentation.size)
-        self.recipe.to(self._device).to(memory_format=torch.channels_last)
-        self._engine = EagerEngine(self.recipe, self._device, self._precision, training.ema_decay)
+        with memory_errors(self._memory_hint()):
+            self.recipe.to(self._device).to(memory_format=torch.channels_last)
+            self._engine = EagerEngine(
+                self.recipe, self._device, self._precision, training.ema_decay
+            )
         self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
+        """Updates in all."""
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
-        self.folder.make()
+        self._rng = rng_state(self._device)
         self._unwatched: dict[int, list[Path]] = {}  # pictures of the steps since the last check
+        self.folder.make()
 
     def train(self) -> None:
         """Runs the steps that are left; returns after the last one is saved.
@@ -94,15 +99,18 @@ class Trainer:
             TrainingInterrupted: SIGINT or SIGTERM came; the state was saved.
             TrainingError: a loss is not finite, or memory is exhausted.
             fastgan.checkpoint.CheckpointError: a checkpoint could not be written.
+            fastgan.images.ImageError: a file is no readable picture, under ``strict``.
         """
         if self.step >= self.steps:
             log.info("%s has all of its %d steps", self.folder.path, self.steps)
             return
-        output = self.config.output
-        if output.overwrite:
+        if self.config.output.overwrite:
             self.folder.clear()
-        self.folder.make()
+            self.folder.make()
         self._write_config()
+        log.info("%s on %s in %s", self.recipe.name, self._device, self._precision)
+        log.info("%s", self._stream.summary())
+        restore_rng(self._rng, self._device)
         reporter = Reporter(
             self.folder.path, start=self.step, steps=self.steps, progress=self._progress
         )
@@ -111,28 +119,32 @@ class Trainer:
             contextlib.closing(reporter),
             memory_errors(self._memory_hint()),
         ):
-            sample_batch = self._sample_batch()
-            for images, paths in self._stream.batches(self.step):
-                self._one_step(images, paths)
-                reporter.step()
-                last = self.step == self.steps
-                if last or self.step % output.log_every == 0:
-                    self._log(reporter)
+            self._loop(reporter, signals)
+        if self._stream.unreadable:
+            log.info("%s", self._stream.summary())
+
+    def _loop(self, reporter: Reporter, signals: StopSignals) -> None:
+        output = self.config.output
+        sample_batch = self._sample_batch()
+        batches = self._stream.batches(self.step)
+        while self.step < self.steps:
+            self._one_step(*next(batches))
+            reporter.step()
+            stopped_by = signals.received
+            last = self.step == self.steps
+            if last or self.step % output.log_every == 0:
+                self._log(reporter)
+            with reporter.pause():
                 if last or self.step % output.sample_every == 0:
-                    with reporter.pause():
-                        self._samples(reporter, sample_batch)
-                stopping = signals.received is not None
-                if last or stopping or self.step % output.checkpoint_every == 0:
-                    with reporter.pause():
-                        self.save()
-                if last:
-                    break
-                if signals.received is not None:
-                    raise TrainingInterrupted(
-                        signals.received,
-                        f"{signal.Signals(signals.received).name} after step {self.step}: saved "
-                        f"{self._checkpoint}, --resume goes on from there",
-                    )
+                    self._samples(reporter, sample_batch)
+                if last or stopped_by is not None or self.step % output.checkpoint_every == 0:
+                    self.save()
+            if stopped_by is not None and not last:
+                raise TrainingInterrupted(
+                    stopped_by,
+                    f"{signal.Signals(stopped_by).name} after step {self.step}: saved "
+                    f"{self._checkpoint}, --resume goes on from there",
+                )
 
     def save(self) -> Path:
         """Writes a checkpoint, unless what it would hold is not finite.
@@ -247,10 +259,10 @@ class Trainer:
 
     def _memory_hint(self) -> str:
         training = self.config.training
+        half = " and --precision bf16" if self._precision == "fp32" else ""
         return (
             f"{training.batch_size} pictures of {self.config.augmentation.size} px of each kind in "
-            f"{self._precision} on {self._device}; a smaller --batch-size or --size helps, "
-            "and so does --precision bf16"
+            f"{self._precision} on {self._device}; a smaller --batch-size or --size{half} will help"
         )
 
     def _write_config(self) -> None:
