@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fastgan import cli
 from fastgan.recipes import RECIPES, AdamSettings, Batch, Preset, Recipe, RecipeConfig
+
+for _needed in ("PIL", "safetensors", "tensorboard", "torchvision", "tqdm", "tyro"):
+    pytest.importorskip(_needed, reason="needs the extra [train]")
 
 
 @dataclasses.dataclass(frozen=True)

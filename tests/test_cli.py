@@ -24,7 +24,8 @@ def train(folders: Pictures, out: Path, *more: str, recipe: str = "dummy") -> in
     return cli.main(
         [
             "train", recipe, "--content", str(folders.content), "--style", str(folders.style),
-            "--out", str(out), "--steps", "2", "--workers", "0", *more,
+            "--out", str(out), "--steps", "2", "--workers", "0",
+            "--device", "cpu", *more,
         ]
     )  # fmt: skip
 
@@ -47,6 +48,7 @@ def test_train_then_stylize(
         "stylize", "--checkpoint", str(tmp_path / "run"), "--content",
         str(folders.content / "0.png"), str(folders.content / "1.png"),
         "--style", str(folders.style / "0.png"), "--out", str(tmp_path / "out"), "--alpha", "0.5",
+        "--device", "cpu",
     ]  # fmt: skip
     assert cli.main(stylize) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out' / '0.png'} and 1 more\n"

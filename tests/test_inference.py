@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
 def run(folders: Pictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     config = preset_config(Dummy, None, folders, Output(out))
-    training = dataclasses.replace(config.training, steps=3)
+    training = dataclasses.replace(config.training, steps=3, device="cpu")
     Trainer(Dummy, dataclasses.replace(config, training=training)).train()
     return out
 
@@ -77,7 +77,8 @@ def test_one_picture(run: Path, folders: Pictures, tmp_path: Path, height: int, 
 
 def test_alpha_0_is_the_content(run: Path, folders: Pictures, tmp_path: Path) -> None:
     content = write(tmp_path / "in.png")
-    (out,) = stylize(run, content, folders.style / "0.png", tmp_path / "out.png", alpha=0.0)
+    style, out = folders.style / "0.png", tmp_path / "out.png"
+    stylize(run, content, style, out, alpha=0.0, device="cpu")
     assert torch.equal(load_image(out), load_image(content))
 
 

@@ -38,7 +38,8 @@ def make_config(
     output = Output(out, checkpoint_every=5, log_every=3, sample_every=4, resume=resume)
     config = preset_config(Dummy, None, pictures, output)
     return dataclasses.replace(
-        config, training=dataclasses.replace(config.training, steps=STEPS, **training)
+        config,
+        training=dataclasses.replace(config.training, steps=STEPS, device="cpu", **training),
     )
 
 
@@ -48,6 +49,7 @@ def flags(pictures: Pictures, out: Path, **more: Any) -> list[str]:
         "style": pictures.style,
         "workers": pictures.workers,
         "out": out,
+        "device": "cpu",
         "steps": STEPS,
         "checkpoint-every": 5,
         "log-every": 3,

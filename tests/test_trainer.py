@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dummy_recipe import Dummy, DummyConfig
 from fastgan import checkpoint
 from fastgan.device import choose_precision
+from fastgan.recipes.serialize import from_json, to_json
 from fastgan.training import Trainer, TrainingError, TrainingInterrupted, preset_config
 from fastgan.training.config import (
     Output,
@@ -31,6 +32,7 @@ from fastgan.training.config import (
 )
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
 from fastgan.training.guards import LossLedger, StopSignals
+from fastgan.training.reporting import grid
 from fastgan.training.run_folder import RunFolder
 from pictures import write_pictures
 
@@ -45,6 +47,7 @@ def make_config(
     pictures: Pictures, out: Path, output: dict[str, Any] | None = None, **changes: Any
 ) -> TrainConfig:
     """The small preset with `changes` to whatever section has a field of that name."""
+    changes = {"device": "cpu", **changes}
     given = {"checkpoint_every": 4, "log_every": 2, "sample_every": 100, **(output or {})}
     config = preset_config(Dummy, None, pictures, Output(out, **given))
     for name in ("training", "augmentation", "recipe"):
@@ -267,12 +270,72 @@ def test_training_state_comes_back_where_it_fits(
     assert "the checkpoint's pool cannot be used here" in caplog.text
 
 
+def test_grid_places_each_picture() -> None:
+    black, white = torch.full((2, 3, 4, 5), -1.0), torch.full((2, 3, 4, 5), 1.0)
+    white[1] = float("nan")
+    pixels = np.asarray(grid({"a": black, "b": white}))[-8:]  # below the titles
+    assert pixels.shape == (8, 10, 3)
+    assert (pixels[:, :5] == 0).all()
+    assert (pixels[:4, 5:] == 255).all()
+    assert (pixels[4:, 5:] == 128).all()
+
+
 def test_keep(folders: Pictures, tmp_path: Path) -> None:
     for keep, left in ((1, [3]), (2, [2, 3]), (0, [1, 2, 3])):
         out = tmp_path / str(keep)
         output = {"checkpoint_every": 1, "keep": keep}
         Trainer(Dummy, make_config(folders, out, output, steps=3)).train()
         assert [int(path.stem[5:]) for path in RunFolder(out).checkpoints()] == left
+
+
+@pytest.mark.gpu
+class TestGpu:
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+    def test_a_step_does_not_wait_for_the_device(self, precision: Any) -> None:
+        torch.manual_seed(0)
+        device = torch.device("cuda")
+        recipe = Dummy(DummyConfig())
+        recipe.begin_training(size=16)
+        recipe.to(device).to(memory_format=torch.channels_last)
+        engine = EagerEngine(recipe, device, precision, 0.9)
+        batch = {domain: torch.rand(2, 3, 16, 16, device=device) for domain in Dummy.domains}
+        batch |= {name: v.to(device) for name, v in recipe.draw(0, 2, torch.Generator()).items()}
+        for step in range(2):
+            engine.step(batch, step, 10)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(2, 5):
+                engine.step(batch, step, 10)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.ledger.bad() is None
+
+    @pytest.mark.parametrize("precision", [None, "fp16"])
+    def test_a_resumed_state_is_exact(
+        self, folders: Pictures, tmp_path: Path, precision: Any
+    ) -> None:
+        config = make_config(folders, tmp_path, steps=6, device=None, precision=precision)
+        trainer = Trainer(Dummy, config)
+        trainer.train()
+        if precision is None and torch.cuda.get_device_capability() >= (8, 0):
+            assert trainer._precision == "bf16"
+        config = make_config(
+            folders, tmp_path, {"resume": True}, steps=9, device=None, precision=precision
+        )
+        resumed = Trainer(Dummy, config)
+        for name, value in trainer.recipe.state_dict().items():
+            if not name.startswith("extractor"):
+                assert torch.equal(resumed.recipe.state_dict()[name], value), name
+        resumed.train()
+        assert losses_of(tmp_path)[-1]["step"] == 9
+
+    def test_out_of_memory(self, folders: Pictures, tmp_path: Path) -> None:
+        class Huge(Dummy):
+            def begin_step(self, batch: Any) -> Any:
+                return torch.empty(2**50, device=batch["content"].device)
+
+        with pytest.raises(TrainingError, match=r"^out of memory: 2 pictures of 32 px"):
+            Trainer(Huge, make_config(folders, tmp_path, steps=2, device=None)).train()
 
 
 class TestGuards:
@@ -470,6 +533,21 @@ class TestConfig:
         config = make_config(folders, tmp_path, steps=7, width=3, precision="bf16", device="cpu")
         values = json.loads(json.dumps(config_to_json(config)))
         assert config_from_json(Dummy, values) == config
+
+    def test_tuples(self) -> None:
+        @dataclasses.dataclass(frozen=True)
+        class Nested:
+            pair: tuple[float, float]
+            many: tuple[int, ...] = ()
+            optional: str | None = None
+
+        config = Nested((0.5, 1.0), (1, 2, 3), "x")
+        assert from_json(Nested, json.loads(json.dumps(to_json(config)))) == config
+        assert from_json(Nested, {"pair": [1, 2]}) == Nested((1.0, 2.0))
+        with pytest.raises(ValueError, match=r"^config\.pair: expected tuple.*got \[1\]"):
+            from_json(Nested, {"pair": [1]})
+        with pytest.raises(ValueError, match=r"^config\.many\[1\]: expected int, got 0\.5"):
+            from_json(Nested, {"pair": [1, 2], "many": [1, 0.5]})
 
     @pytest.mark.parametrize(
         ("section", "field", "value", "message"),
