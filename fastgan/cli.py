@@ -106,8 +106,8 @@ def _train(arguments: list[str]) -> int:
         return _fail(1, str(error))
     run = config.output.out
     print(
-        f"{trainer.step} steps: {run}/latest.safetensors, {run}/samples, {run}/losses.jsonl\n"
-        f"look: tensorboard --logdir {run}\n"
+        f"{trainer.step} steps: {trainer.folder.newest()}\n"
+        f"look: {run}/samples, {run}/losses.jsonl, tensorboard --logdir {run}\n"
         f"use:  fastgan stylize --checkpoint {run} --content PHOTO --style STYLE --out OUT.png"
     )
     return 0
@@ -118,13 +118,13 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
     import tyro
 
     from fastgan.checkpoint import read_header
+    from fastgan.run_folder import RunFolder
     from fastgan.training.config import Output, Pictures, preset_config
-    from fastgan.training.run_folder import RunFolder
     from fastgan.training.trainer import training_config
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset")
-    early.add_argument("--out", type=Path)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", nargs="?")  # tyro says it where a value is missing
+    early.add_argument("--out", nargs="?", type=Path)
     early.add_argument("--resume", action="store_true")
     given, _ = early.parse_known_args(flags)
     path = RunFolder(given.out).newest() if given.resume and given.out else None

@@ -15,6 +15,7 @@ from fastgan.device import choose_device
 from fastgan.images import ImageError, find_images, load_image, save_image, to_float
 from fastgan.recipes import Recipe, recipe_class
 from fastgan.recipes.serialize import from_json
+from fastgan.run_folder import RunFolder
 
 __all__ = ["load_recipe", "stylize"]
 
@@ -27,7 +28,7 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
     """The trained networks in the checkpoint `path`, with their averaged weights, ready to use.
 
     Args:
-        path: a checkpoint, or the folder of a run, whose latest checkpoint is taken.
+        path: a checkpoint, or the folder of a run, whose newest checkpoint is taken.
 
     Raises:
         fastgan.checkpoint.CheckpointError: no checkpoint can be read there.
@@ -35,7 +36,10 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "latest.safetensors"
+        newest = RunFolder(path).newest()
+        if newest is None:
+            raise ValueError(f"checkpoint: no run with a checkpoint in {path}")
+        path = newest
     state = checkpoints.load(path)
     if not isinstance(state, dict) or not {"recipe", "config", "networks", "average"} <= set(state):
         raise ValueError(f"{path}: holds no trained networks")
@@ -94,7 +98,9 @@ def stylize(
         raise ValueError(f"{checkpoint}: the recipe {recipe.name} takes no style picture")
     style_picture = _load(Path(style), where)
     written: list[Path] = []
-    for source, target in tqdm(targets.items(), disable=not progress, unit="picture"):
+    for source, target in tqdm(
+        targets.items(), disable=not progress or len(targets) == 1, unit="picture"
+    ):
         try:
             picture = _load(source, where)
         except ImageError as error:

@@ -43,7 +43,10 @@ def test_train_then_stylize(
     folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(folders, tmp_path / "run") == 0
-    assert str(tmp_path / "run" / "latest.safetensors") in capsys.readouterr().out
+    assert (
+        str(tmp_path / "run" / "checkpoints" / "step_00000002.safetensors")
+        in capsys.readouterr().out
+    )
     stylize = [
         "stylize", "--checkpoint", str(tmp_path / "run"), "--content",
         str(folders.content / "0.png"), str(folders.content / "1.png"),
@@ -198,7 +201,14 @@ class TestWrongArguments:
         assert one_line(capsys).startswith("unknown command 'trian'; known: train, ")
 
     @pytest.mark.parametrize(
-        "more", [("--steps", "0"), ("--size", "-3"), ("--stepz", "3"), ("--resume", "--overwrite")]
+        "more",
+        [
+            ("--steps", "0"),
+            ("--size", "-3"),
+            ("--stepz", "3"),
+            ("--resume", "--overwrite"),
+            ("--out",),
+        ],
     )
     def test_bad_flags(
         self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str

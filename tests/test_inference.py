@@ -152,7 +152,7 @@ class TestWrongArguments:
 
     def test_checkpoint(self, refused: Callable[..., object], tmp_path: Path, run: Path) -> None:
         refused(CheckpointError, checkpoint=tmp_path / "nowhere.safetensors")
-        refused(CheckpointError, checkpoint=tmp_path)
+        refused(ValueError, checkpoint=tmp_path)  # a folder without a run
         state = checkpoint.load(run / "latest.safetensors")
         for name, change in {
             "recipe": {"recipe": "unheard_of"},

@@ -17,10 +17,10 @@ import torch
 
 from dummy_recipe import Dummy
 from fastgan import checkpoint, cli
+from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output, Pictures, TrainConfig
 from fastgan.training.engine import EagerEngine
-from fastgan.training.run_folder import RunFolder
 from fastgan.training.state import engine_state, restore_engine
 from pictures import write_pictures
 
@@ -153,7 +153,7 @@ def test_stop_and_resume(folders: Pictures, tmp_path: Path, signum: int) -> None
 def test_killed_before_the_first_checkpoint(
     folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Trainer(Dummy, make_config(folders, tmp_path))._write_config()
+    Trainer(Dummy, make_config(folders, tmp_path))._write_settings()
     with caplog.at_level(logging.WARNING, "fastgan"):
         trainer = Trainer(Dummy, make_config(folders, tmp_path, resume=True))
     assert trainer.step == 0

@@ -20,6 +20,7 @@ from dummy_recipe import Dummy, DummyConfig
 from fastgan import checkpoint
 from fastgan.device import choose_precision
 from fastgan.recipes.serialize import from_json, to_json
+from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, TrainingError, TrainingInterrupted, preset_config
 from fastgan.training.config import (
     Output,
@@ -28,12 +29,10 @@ from fastgan.training.config import (
     Training,
     changed_fields,
     config_from_json,
-    config_to_json,
 )
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
 from fastgan.training.guards import LossLedger, StopSignals
 from fastgan.training.reporting import grid
-from fastgan.training.run_folder import RunFolder
 from pictures import write_pictures
 
 
@@ -189,7 +188,7 @@ def test_a_run_leaves_what_it_says(folders: Pictures, tmp_path: Path) -> None:
         "step_00000004.safetensors",
         "step_00000006.safetensors",
     ]
-    assert run.latest.resolve() == run.checkpoints()[-1].resolve()
+    assert (run.path / "latest.safetensors").resolve() == run.checkpoints()[-1].resolve()
     lines = losses_of(run.path)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"discriminator/real", "generator/content", "metric/brightness"} <= set(lines[0])
@@ -197,11 +196,11 @@ def test_a_run_leaves_what_it_says(folders: Pictures, tmp_path: Path) -> None:
     assert lines[-1]["lr/discriminator"] == 2e-2
     with Image.open(run.path / "samples/step_00000006.png") as grid:
         assert grid.size == (3 * 32, 6 * 32 + 16)
-    assert list(run.path.glob("events.out.tfevents.*"))
-    written = json.loads(run.config.read_text())
+    assert list(run.tensorboard.glob("events.out.tfevents.*"))
+    written = json.loads(run.settings.read_text())
     assert written["recipe"] == "dummy"
     assert config_from_json(Dummy, written["config"]) == config
-    state = checkpoint.load(run.latest)
+    state = checkpoint.load(run.newest())
     assert set(state["networks"]) == {
         name for name in trainer.recipe.state_dict() if not name.startswith(("extractor", "pool"))
     }
@@ -475,16 +474,18 @@ class TestOutput:
 
     def test_overwrite_deletes_the_run_alone(self, folders: Pictures, tmp_path: Path) -> None:
         Trainer(Dummy, make_config(folders, tmp_path, steps=8)).train()
-        (tmp_path / "notes.txt").write_text("mine")
+        for mine in ("notes.txt", "config.json", "samples/best.png"):
+            (tmp_path / mine).write_text("mine")
         config = make_config(folders, tmp_path, {"overwrite": True}, steps=2)
         trainer = Trainer(Dummy, config)
         assert len(RunFolder(tmp_path).checkpoints()) == 2  # nothing is lost before training starts
         trainer.train()
         assert [path.stem for path in RunFolder(tmp_path).checkpoints()] == ["step_00000002"]
         assert [line["step"] for line in losses_of(tmp_path)] == [2]
-        assert len(list(tmp_path.glob("samples/*"))) == 1
-        assert len(list(tmp_path.glob("events*"))) == 1
-        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert len(list(tmp_path.glob("samples/step*"))) == 1
+        assert len(list(tmp_path.glob("tensorboard/events*"))) == 1
+        for mine in ("notes.txt", "config.json", "samples/best.png"):
+            assert (tmp_path / mine).read_text() == "mine"
 
     def test_a_folder_with_other_things_is_fine(self, folders: Pictures, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
@@ -531,7 +532,7 @@ class TestPictures:
 class TestConfig:
     def test_round_trip(self, folders: Pictures, tmp_path: Path) -> None:
         config = make_config(folders, tmp_path, steps=7, width=3, precision="bf16", device="cpu")
-        values = json.loads(json.dumps(config_to_json(config)))
+        values = json.loads(json.dumps(to_json(config)))
         assert config_from_json(Dummy, values) == config
 
     def test_tuples(self) -> None:
@@ -564,7 +565,7 @@ class TestConfig:
     def test_a_bad_field_is_named(
         self, folders: Pictures, tmp_path: Path, section: str, field: str, value: Any, message: str
     ) -> None:
-        values = config_to_json(make_config(folders, tmp_path))
+        values = to_json(make_config(folders, tmp_path))
         values[section][field] = value
         with pytest.raises(ValueError) as caught:
             config_from_json(Dummy, values)
@@ -572,7 +573,7 @@ class TestConfig:
 
     def test_a_missing_field_takes_its_default(self, folders: Pictures, tmp_path: Path) -> None:
         config = make_config(folders, tmp_path)
-        values = config_to_json(config)
+        values = to_json(config)
         del values["training"]["seed"], values["augmentation"]
         assert config_from_json(Dummy, values).training == config.training
         del values["output"]["out"]

@@ -122,14 +122,8 @@ def preset_config(
     )
 
 
-def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint and ``config.json`` hold."""
-    values: dict[str, Any] = to_json(config)
-    return values
-
-
 def config_from_json(recipe: type[Recipe], values: Any) -> TrainConfig:
-    """Inverse of `config_to_json`.
+    """The config of a training of `recipe` that `to_json` turned into `values`.
 
     Raises:
         ValueError: a field is unknown (a newer fastgan wrote it), missing or of another type.
@@ -144,7 +138,7 @@ def config_from_json(recipe: type[Recipe], values: Any) -> TrainConfig:
 
 def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
     """``section.field: old -> new`` of every field that decides what is learned and differs."""
-    old, new = _flat(config_to_json(before)), _flat(config_to_json(now))
+    old, new = _flat(to_json(before)), _flat(to_json(now))
     return [
         f"{name}: {old.get(name)} -> {value}"
         for name, value in new.items()

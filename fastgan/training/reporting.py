@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,24 +19,28 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fastgan.images import to_uint8
+from fastgan.run_folder import RunFolder
 
 _TITLE_HEIGHT = 16  # pixels; PIL's built-in font is 11 high
 
 
 class Reporter:
-    """Writes into the folder of a run: ``losses.jsonl``, ``samples/``, TensorBoard events.
+    """Writes losses, sample grids and TensorBoard events of a run; moves its progress bar.
 
     Pictures are encoded and written by a thread of its own, so that training does not wait.
     """
 
-    def __init__(self, run: Path, *, start: int, steps: int, progress: bool) -> None:
-        self._losses = run / "losses.jsonl"
-        self._samples = run / "samples"
-        self._samples.mkdir(exist_ok=True)
-        _keep_lines_until(self._losses, start)
-        self._board = SummaryWriter(str(run), purge_step=start + 1)
+    def __init__(self, run: RunFolder, *, start: int, steps: int, progress: bool) -> None:
+        self._run = run
+        _keep_lines_until(run.losses, start)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=start + 1)
         self._bar = tqdm(
-            total=steps, initial=start, disable=not progress, dynamic_ncols=True, unit="step"
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file keeps every line
+            disable=not progress,
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
         self._writing: Future[None] | None = None
@@ -55,23 +60,23 @@ class Reporter:
         """Both are means over the steps since the last call; the bar shows the losses alone."""
         speed = self._clock.lap(step) * pictures_per_step
         values = {**losses, **others, "images_per_second": speed}
-        with self._losses.open("a") as file:
+        with self._run.losses.open("a") as file:
             numbers = {n: v if math.isfinite(v) else None for n, v in values.items()}
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         shown = " ".join(f"{name.partition('/')[2]} {loss:.3g}" for name, loss in losses.items())
-        self._bar.set_postfix_str(f"{speed:.1f} images/s, {shown}")
+        self._bar.set_postfix_str(f"{speed:.1f} images/s, {shown}", refresh=False)
 
     def samples(self, step: int, columns: Mapping[str, Tensor]) -> None:
-        """Writes the grid of `columns` as ``samples/step_<N>.png``, and to TensorBoard."""
+        """Writes the grid of `columns` to the folder and to TensorBoard."""
         on_host = {title: pictures.float().cpu() for title, pictures in columns.items()}
         self._wait()
         self._writing = self._thread.submit(self._write_samples, step, on_host)
 
     def _write_samples(self, step: int, columns: Mapping[str, Tensor]) -> None:
         picture = grid(columns)
-        picture.save(self._samples / f"step_{step:08d}.png")
+        picture.save(self._run.sample(step))
         self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def pause(self) -> Clock:

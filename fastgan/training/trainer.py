@@ -20,7 +20,9 @@ from fastgan import checkpoint
 from fastgan.device import choose_device, choose_precision
 from fastgan.images import to_float
 from fastgan.recipes import Batch, Recipe
-from fastgan.training.config import TrainConfig, changed_fields, config_from_json, config_to_json
+from fastgan.recipes.serialize import to_json
+from fastgan.run_folder import RunFolder
+from fastgan.training.config import TrainConfig, changed_fields, config_from_json
 from fastgan.training.data import PictureStream
 from fastgan.training.engine import EagerEngine
 from fastgan.training.guards import (
@@ -30,7 +32,6 @@ from fastgan.training.guards import (
     memory_errors,
 )
 from fastgan.training.reporting import Reporter
-from fastgan.training.run_folder import RunFolder
 from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
 
 log = logging.getLogger(__name__)
@@ -107,13 +108,11 @@ class Trainer:
         if self.config.output.overwrite:
             self.folder.clear()
             self.folder.make()
-        self._write_config()
+        self._write_settings()
         log.info("%s on %s in %s", self.recipe.name, self._device, self._precision)
         log.info("%s", self._stream.summary())
         restore_rng(self._rng, self._device)
-        reporter = Reporter(
-            self.folder.path, start=self.step, steps=self.steps, progress=self._progress
-        )
+        reporter = Reporter(self.folder, start=self.step, steps=self.steps, progress=self._progress)
         with (
             StopSignals() as signals,
             contextlib.closing(reporter),
@@ -159,13 +158,13 @@ class Trainer:
         state = {
             "fastgan": fastgan.__version__,
             "recipe": self.recipe.name,
-            "config": config_to_json(self.config),
+            "config": to_json(self.config),
             "step": self.step,
             **engine_state(self._engine, self._keys),
             "rng": rng_state(self._device),
         }
         checkpoint.save(path, state)
-        self.folder.point_to(path, self.config.output.keep)
+        self.folder.saved(path, self.config.output.keep)
         self._checkpoint = path
         return path
 
@@ -265,11 +264,9 @@ class Trainer:
             f"{self._precision} on {self._device}; a smaller --batch-size or --size{half} will help"
         )
 
-    def _write_config(self) -> None:
-        text = json.dumps(
-            {"recipe": self.recipe.name, "config": config_to_json(self.config)}, indent=2
-        )
-        self.folder.config.write_text(text + "\n")
+    def _write_settings(self) -> None:
+        text = json.dumps({"recipe": self.recipe.name, "config": to_json(self.config)}, indent=2)
+        self.folder.settings.write_text(text + "\n")
 
     def _checkpoint_to_resume(self) -> Path | None:
         """Refuses an output folder that would lose a run, or that resumes nothing."""
