@@ -211,6 +211,17 @@ def _as_text(header: Record, records: list[Record]) -> str:
     return head[: head.rindex("}")].rstrip() + ',\n "records": [\n' + body + "\n ]\n}\n"
 
 
+def load_runs(folder: Path) -> dict[str, dict[str, Record]]:
+    """Every run in a folder of runs by name, GPUs first."""
+    runs = {path.name: load_run(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    found = {name: run for name, run in runs.items() if run}
+    return dict(sorted(found.items(), key=lambda item: "cpu" in _device_types(item[1])))
+
+
+def _device_types(run: dict[str, Record]) -> set[str]:
+    return {part["device_type"] for part in run.values()}
+
+
 def load_run(folder: Path) -> dict[str, Record]:
     """The parts of a run by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
