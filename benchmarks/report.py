@@ -86,7 +86,8 @@ def provenance(part: Record) -> str:
     )
     return (
         f"{part['date']}, {', '.join(versions)}, Python {part['python']}, commit "
-        f"{part['commit'] or 'unknown'} (sources {part['sources']}); {ceilings}."
+        f"{part['commit'] or 'unknown'} (sources {part['sources']}); load average at the start "
+        f"{part['load_average']:g}; {ceilings}."
     )
 
 

@@ -56,6 +56,7 @@ def environment(device: torch.device) -> Record:
         "pytest_benchmark": _version("pytest-benchmark"),
         "commit": _commit(),
         "sources": source_digest(),
+        "load_average": round(os.getloadavg()[0], 1),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
