@@ -15,7 +15,7 @@ from pathlib import Path
 
 import plots
 import store
-from rows import Row, rows_of, seconds, spread
+from rows import Row, ratio, rows_of, seconds, spread
 from store import Record
 from targets import TARGETS
 
@@ -248,7 +248,7 @@ def rewrite_between_markers(text: str, section: str) -> str:
     """`text` with `section` between its performance markers."""
     start, end = MARKERS
     if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md must hold {start} and {end} once each")
+        raise ValueError(f"README.md must hold the markers {start} and {end} once each")
     head, tail = text.split(start)[0], text.split(end)[1]
     return f"{head}{start}\n{section}\n{end}{tail}"
 
@@ -277,15 +277,16 @@ def _slower(old: Row, new: Row) -> Iterator[str]:
         if record["kind"] != "fastgan" or "wall" not in former:
             continue
         where = f"{new.op}, {new.mode}, {new.title}: {name}"
-        if "wall" not in record:
+        slower = ratio(record, former)
+        if slower is None:
             yield f"{where} was {_duration(seconds(former))}, is {_state(record)}"
             continue
-        ratio = seconds(record) / seconds(former) / drift
+        slower /= drift
         noise = max(0.1, 3 * (spread(former) ** 2 + spread(record) ** 2) ** 0.5)
-        if ratio > 1 + noise:
+        if slower > 1 + noise:
             yield (
                 f"{where} was {_duration(seconds(former))}, is {_duration(seconds(record))}: "
-                f"{ratio:.2f}x slower than its competitors of the same runs (noise {noise:.0%})"
+                f"{slower:.2f}x slower than its competitors of the same runs (noise {noise:.0%})"
             )
 
 
@@ -295,12 +296,9 @@ def _state(record: Record) -> str:
 
 def _drift(old: Row, new: Row) -> float:
     """How much slower the competitors of a row became, at the median."""
-    ratios = [
-        seconds(record) / seconds(old.records[name])
-        for name, record in new.records.items()
-        if record["kind"] != "fastgan" and "wall" in record and "wall" in old.records.get(name, {})
-    ]
-    return statistics.median(ratios) if ratios else 1.0
+    theirs = [record for record in new.records.values() if record["kind"] != "fastgan"]
+    ratios = [ratio(record, old.records.get(record["variant"])) for record in theirs]
+    return statistics.median([value for value in ratios if value] or [1.0])
 
 
 # --- Command line -------------------------------------------------------------------------------

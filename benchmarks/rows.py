@@ -9,14 +9,27 @@ from store import Record
 
 
 def seconds(record: Record, clock: str = "") -> float:
-    """The median on one clock; by default device time where there is one, else wall time."""
-    return record.get(clock or "device", record["wall"])["median"]
+    """The median on one clock; by default device time where there is one, else host time."""
+    return record[clock or clock_of(record)]["median"]
 
 
-def spread(record: Record, clock: str = "") -> float:
+def spread(record: Record) -> float:
     """Half the distance between the quartiles, relative to the median."""
-    timing = record.get(clock or "device", record["wall"])
+    timing = record[clock_of(record)]
     return (timing["q3"] - timing["q1"]) / 2 / timing["median"]
+
+
+def clock_of(*records: Record) -> str:
+    """The clock to compare records by: ``"device"`` if all were timed there, else ``"wall"``."""
+    return "device" if all("device" in record for record in records) else "wall"
+
+
+def ratio(slow: Record | None, fast: Record | None, clock: str = "") -> float | None:
+    """How many times faster one right variant is than another."""
+    if not (slow and fast and "wall" in slow and "wall" in fast):
+        return None
+    clock = clock or clock_of(slow, fast)
+    return seconds(slow, clock) / seconds(fast, clock)
 
 
 class Row:
@@ -61,17 +74,18 @@ class Row:
         return [r for r in self.records.values() if r["kind"] in kinds and "wall" in r]
 
     def fastest(self, *kinds: str, clock: str = "") -> Record | None:
-        return min(self.timed(*kinds), key=lambda record: seconds(record, clock), default=None)
+        timed = self.timed(*kinds)
+        clock = clock or clock_of(*timed)
+        return min(timed, key=lambda record: seconds(record, clock), default=None)
 
     def speedup(self, *kinds: str, clock: str = "") -> float | None:
         """How many times faster fastgan is than the fastest of these kinds."""
         other, own = self.fastest(*kinds, clock=clock), self.fastest("fastgan", clock=clock)
-        return seconds(other, clock) / seconds(own, clock) if other and own else None
+        return ratio(other, own, clock)
 
     def speedup_over(self, variant: str, own: str = "fastgan") -> float | None:
         """How many times faster one variant is than another."""
-        slow, fast = self.records.get(variant, {}), self.records.get(own, {})
-        return seconds(slow) / seconds(fast) if "wall" in slow and "wall" in fast else None
+        return ratio(self.records.get(variant), self.records.get(own))
 
     def share_of_copy(self, record: Record | None) -> float | None:
         """Fewest bytes over the time, over the bandwidth of a copy in the same run."""

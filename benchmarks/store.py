@@ -26,17 +26,17 @@ Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-IDENTITY = ("op", "shape", "dtype", "layout", "mode", "variant")
-
-
-def identity(record: Record) -> tuple[str, ...]:
-    """What a record measures, the same in every run."""
-    return tuple(record[field] for field in IDENTITY)
+CASE = ("op", "shape", "dtype", "layout", "mode")
 
 
 def case_of(record: Record) -> tuple[str, ...]:
     """The row that a record belongs to."""
-    return identity(record)[:-1]
+    return tuple(record[field] for field in CASE)
+
+
+def identity(record: Record) -> tuple[str, ...]:
+    """What a record measures, the same in every run."""
+    return (*case_of(record), record["variant"])
 
 
 # --- The machine --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rows import Row, seconds
+from rows import Row, ratio, seconds
 
 Condition = Callable[[Row], bool]
 Value = Callable[[Row], float | None]
@@ -133,10 +133,7 @@ def memory_over(variant: str) -> Value:
 def over_nchw_form(row: Row) -> float | None:
     """Against PyTorch's norm in its own best layout, from the row beside this one."""
     other = row.in_layout("nchw")
-    theirs = {} if other is None else other.records.get("public", {})
-    if row.fastgan is None or "wall" not in theirs:
-        return None
-    return seconds(theirs) / seconds(row.fastgan)
+    return None if other is None else ratio(other.records.get("public"), row.fastgan)
 
 
 # --- The targets --------------------------------------------------------------------------------
