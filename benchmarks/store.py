@@ -214,7 +214,7 @@ def _as_text(header: Record, records: list[Record]) -> str:
 
 def load_runs(folder: Path) -> dict[str, dict[str, Record]]:
     """Every run in a folder of runs by name, GPUs first."""
-    runs = {path.name: load_run(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    runs = {path.name: load_run(path) for path in sorted(folder.glob("*")) if path.is_dir()}
     found = {name: run for name, run in runs.items() if run}
     return dict(sorted(found.items(), key=lambda item: "cpu" in _device_types(item[1])))
 
