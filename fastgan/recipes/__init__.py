@@ -1,6 +1,7 @@
 """What is optimised: a recipe turns networks and a batch into named losses."""
 
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig
+from fastgan.recipes.style_transfer import StyleTransfer
 
 __all__ = [
     "RECIPES",
@@ -12,7 +13,7 @@ __all__ = [
     "recipe_class",
 ]
 
-_SHIPPED: tuple[type[Recipe], ...] = ()
+_SHIPPED: tuple[type[Recipe], ...] = (StyleTransfer,)
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _SHIPPED}
 """By name, as checkpoints and the command line call them. Add your own class to train it."""
