@@ -49,8 +49,7 @@ class Training:
     device: str | None = None
     """cpu, cuda, cuda:1, mps; None: a GPU if there is one."""
     precision: Precision | None = None
-    """Autocast to bf16 or fp16, or none (fp32). None: bf16 on GPUs with tensor cores for it, fp16
-    on older ones, fp32 elsewhere."""
+    """Autocast dtype; None: bf16 on GPUs since Ampere, fp16 on older ones, fp32 elsewhere."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
