@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fastgan
 
@@ -21,7 +21,7 @@ _USAGE = """\
 usage: fastgan COMMAND ...
 
   train RECIPE   train on two folders of pictures
-  stylize        render pictures in the style of another with a trained model
+  stylize        render pictures with a trained model
   demo           train a small model on bundled photographs and show what it does
   env            versions, devices, live implementations: the text for a bug report
 
@@ -105,10 +105,11 @@ def _train(arguments: list[str]) -> int:
     except (TrainingError, CheckpointError, ImageError, OSError) as error:
         return _fail(1, str(error))
     run = config.output.out
+    how = f"--direction {recipe.directions[0]}" if recipe.directions else "--style STYLE"
     print(
         f"{trainer.step} steps: {trainer.folder.newest()}\n"
         f"look: {run}/samples, {run}/losses.jsonl, tensorboard --logdir {run}\n"
-        f"use:  fastgan stylize --checkpoint {run} --content PHOTO --style STYLE --out OUT.png"
+        f"use:  fastgan stylize --checkpoint {run} --content PHOTO {how} --out OUT.png"
     )
     return 0
 
@@ -119,7 +120,7 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
 
     from fastgan.checkpoint import read_header
     from fastgan.run_folder import RunFolder
-    from fastgan.training.config import Output, Pictures, preset_config
+    from fastgan.training.config import Output, pictures_class, preset_config
     from fastgan.training.trainer import training_config
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -129,10 +130,16 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
     given, _ = early.parse_known_args(flags)
     path = RunFolder(given.out).newest() if given.resume and given.out else None
     if path is None:
+        pictures = pictures_class(recipe)
+        required = [
+            field.name
+            for field in dataclasses.fields(pictures)
+            if field.default is dataclasses.MISSING
+        ]
         return preset_config(
             recipe,
             given.preset,
-            Pictures(content=tyro.MISSING, style=tyro.MISSING),
+            pictures(**dict.fromkeys(required, tyro.MISSING)),
             Output(out=tyro.MISSING),
         )
     config = training_config(read_header(path), recipe, path)
@@ -145,16 +152,21 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _StylizeFlags:
-    """Render pictures in the style of another picture; each keeps its size."""
+    """Render pictures in the style of another one, or as pictures of another domain.
+
+    Each keeps its size.
+    """
 
     checkpoint: Path
     """A checkpoint, or the folder of a run."""
     content: tuple[Path, ...]
     """Pictures and folders of pictures to render."""
-    style: Path
-    """The picture whose style they take on."""
     out: Path
     """A picture for one result, else a folder, where results keep the names of the content."""
+    style: Path | None = None
+    """The picture whose style they take on; for checkpoints of style-transfer."""
+    direction: Literal["AtoB", "BtoA"] | None = None
+    """From which domain to which; for checkpoints of recipes that translate between two."""
     alpha: float = 1.0
     """Strength of the style, 0 to 1."""
     device: str | None = None
@@ -180,6 +192,7 @@ def _stylize(arguments: list[str]) -> int:
             flags.style,
             flags.out,
             alpha=flags.alpha,
+            direction=flags.direction,
             device=flags.device,
             progress=True,
         )

@@ -2,6 +2,7 @@
 
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig
 from fastgan.recipes.style_transfer import StyleTransfer
+from fastgan.recipes.unit import UNIT
 
 __all__ = [
     "RECIPES",
@@ -13,7 +14,7 @@ __all__ = [
     "recipe_class",
 ]
 
-_SHIPPED: tuple[type[Recipe], ...] = (StyleTransfer,)
+_SHIPPED: tuple[type[Recipe], ...] = (StyleTransfer, UNIT)
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _SHIPPED}
 """By name, as checkpoints and the command line call them. Add your own class to train it."""
