@@ -20,7 +20,7 @@ SMALL = StyleTransferRecipeConfig(
 def prepare(**options) -> tuple[StyleTransfer, dict[str, Tensor]]:
     """The recipe and a batch, in fp64."""
     recipe = StyleTransfer(dataclasses.replace(SMALL, **options))
-    recipe.begin_training()
+    recipe.begin_training(48)
     recipe.double()
     batch = {name: torch.rand(2, 3, 48, 40, dtype=torch.float64) * 2 - 1 for name in recipe.domains}
     return recipe, batch

@@ -171,7 +171,7 @@ class StyleTransfer(Recipe):
         textbook = config.objective == "textbook"
         self._goal = dataclasses.replace(config, **_TEXTBOOK) if textbook else config
 
-    def begin_training(self) -> None:
+    def begin_training(self, size: int) -> None:
         config = self.config
         self.extractor: nn.Module
         if config.extractor == "vgg19":
