@@ -33,8 +33,12 @@ _OF_EXTRA = {
 }
 
 
-class UsageError(Exception):
-    """The arguments do not serve; one line that says why."""
+class Failure(Exception):
+    """Ends the command with `code` and one line that says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
     try:
         return _COMMANDS[command](rest)
-    except UsageError as error:
-        return _fail(2, str(error))
+    except Failure as failure:
+        return _fail(failure.code, str(failure))
     except ImportError as error:
         extra = _OF_EXTRA.get((error.name or "").partition(".")[0])
         if extra is not None:
@@ -71,14 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from fastgan.checkpoint import CheckpointError
-    from fastgan.images import ImageError
     from fastgan.recipes import RECIPES, recipe_class
-    from fastgan.training import Trainer, TrainingError, TrainingInterrupted
+    from fastgan.training import Trainer
     from fastgan.training.config import TrainConfig
 
-    names = ", ".join(name.replace("_", "-") for name in RECIPES)
     if not arguments or arguments[0] in ("-h", "--help"):
+        names = ", ".join(name.replace("_", "-") for name in RECIPES)
         print(
             f"usage: fastgan train RECIPE ...\n\nrecipes: {names}\n\n"
             "fastgan train RECIPE --help shows the flags"
@@ -86,7 +88,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     name, *flags = arguments
     _log_to_stderr()
-    with _usage_errors():
+    with _argument_errors():
         recipe = recipe_class(name)
         config = tyro.cli(
             TrainConfig,
@@ -96,14 +98,10 @@ def _train(arguments: list[str]) -> int:
             args=flags,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         )
-    try:
-        with _usage_errors():
+    with _training_errors():
+        with _argument_errors():
             trainer = Trainer(recipe, config, progress=True)
         trainer.train()
-    except TrainingInterrupted as error:
-        return _fail(128 + error.signum, str(error))
-    except (TrainingError, CheckpointError, ImageError, OSError) as error:
-        return _fail(1, str(error))
     run = config.output.out
     how = f"--direction {recipe.directions[0]}" if recipe.directions else "--style STYLE"
     print(
@@ -185,7 +183,7 @@ def _stylize(arguments: list[str]) -> int:
         config=(tyro.conf.DisallowNone,),
     )
     _log_to_stderr()
-    with _usage_errors():
+    with _argument_errors():
         written = stylize(
             flags.checkpoint,
             flags.content,
@@ -204,7 +202,7 @@ def _env(arguments: list[str]) -> int:
     from fastgan import env
 
     if arguments:
-        raise UsageError(f"env takes no arguments, got {' '.join(arguments)}")
+        raise Failure(2, f"env takes no arguments, got {' '.join(arguments)}")
     env.main()
     return 0
 
@@ -217,8 +215,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 @contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """What the arguments brought about is told in one line."""
+def _argument_errors() -> Iterator[None]:
+    """What wrong arguments brought about."""
     from fastgan.checkpoint import CheckpointError
     from fastgan.images import ImageError
 
@@ -226,8 +224,23 @@ def _usage_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, CheckpointError, ImageError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            raise UsageError(f"{error.filename}: {error.strerror}") from error
-        raise UsageError(str(error)) from error
+            raise Failure(2, f"{error.filename}: {error.strerror}") from error
+        raise Failure(2, str(error)) from error
+
+
+@contextlib.contextmanager
+def _training_errors() -> Iterator[None]:
+    """What went wrong on the way."""
+    from fastgan.checkpoint import CheckpointError
+    from fastgan.images import ImageError
+    from fastgan.training import TrainingError, TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as error:
+        raise Failure(128 + error.signum, str(error)) from error
+    except (TrainingError, CheckpointError, ImageError, OSError) as error:
+        raise Failure(1, str(error)) from error
 
 
 def _first_line(thing: Any) -> str:
