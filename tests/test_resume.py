@@ -17,6 +17,7 @@ import torch
 
 from dummy_recipe import Dummy
 from fastgan import checkpoint, cli
+from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output, Pictures, TrainConfig
@@ -130,6 +131,28 @@ def test_kill_and_resume(folders: Pictures, tmp_path: Path, precision: Any) -> N
     assert trainer.recipe.generator[0].weight.is_contiguous(memory_format=torch.channels_last)
     trainer.train()
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_style_transfer_resumes_to_the_bit(
+    folders: Pictures, tmp_path: Path, precision: Any
+) -> None:
+    def train(out: Path, steps: int, resume: bool) -> None:
+        config = preset_config(StyleTransfer, "lite", folders, Output(out, resume=resume))
+        config = dataclasses.replace(
+            config,
+            training=dataclasses.replace(
+                config.training, steps=steps, batch_size=1, device="cpu", precision=precision
+            ),
+            augmentation=dataclasses.replace(config.augmentation, size=32, resize=40),
+        )
+        Trainer(StyleTransfer, config).train()
+
+    train(tmp_path / "whole", 4, resume=False)
+    train(tmp_path / "parts", 2, resume=False)
+    torch.rand(5)  # what happens between is nobody's concern
+    train(tmp_path / "parts", 4, resume=True)
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from dummy_recipe import Dummy, DummyConfig
 from fastgan import checkpoint
 from fastgan.device import choose_precision
 from fastgan.recipes.serialize import from_json, to_json
+from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, TrainingError, TrainingInterrupted, preset_config
 from fastgan.training.config import (
@@ -136,6 +137,17 @@ def test_a_step_does_not_wait_for_the_device(precision: str) -> None:
         engine.step(batch, 1, 10)
         with pytest.raises(AssertionError):
             torch.ones(()).item()
+
+
+def test_a_step_of_style_transfer_does_not_wait_for_the_device() -> None:
+    torch.manual_seed(0)
+    recipe = StyleTransfer(StyleTransfer.presets["lite"].config)
+    recipe.begin_training(size=32)
+    engine = EagerEngine(recipe, torch.device("cpu"), "fp32", 0.9)
+    batch = {domain: torch.rand(1, 3, 32, 32) for domain in recipe.domains}
+    engine.step(batch, 0, 10)
+    with _NoSync():
+        engine.step(batch, 1, 10)
 
 
 def test_a_training_does_not_grow() -> None:
