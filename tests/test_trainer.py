@@ -446,8 +446,8 @@ class TestGuards:
     def test_signals(
         self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
     ) -> None:
-        monkeypatch.setenv("DUMMY_SIGNAL_STEP", "5")
-        monkeypatch.setenv("DUMMY_SIGNAL", str(int(signum)))
+        monkeypatch.setenv("SIGNAL_STEP", "5")
+        monkeypatch.setenv("SIGNAL", str(int(signum)))
         before = signal.getsignal(signum)
         trainer = Trainer(Dummy, make_config(folders, tmp_path, steps=20))
         with pytest.raises(TrainingInterrupted, match=r"after step 6: saved \S+step_00000006"):

@@ -14,27 +14,13 @@ from PIL import Image
 from fastgan import cli
 from fastgan.images import load_image, to_float, to_uint8
 from fastgan.inference import load_recipe, stylize
-from fastgan.recipes import RecipeConfig
 from fastgan.recipes.two_domains import TwoDomainRecipe
-from fastgan.recipes.unit import UNIT
 from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import DomainPictures, Output
+from tiny import TWO_DOMAIN_RECIPES, tiny_config, tiny_flags
 
-FLAGS = {
-    "unit": ["--width", "4", "--residual-blocks", "1", "--discriminator-width", "4"],
-}
-"""That make the lite preset tiny."""
-
-EVERY = [pytest.param(UNIT, id="unit")]
-
-
-def tiny(recipe: type[TwoDomainRecipe]) -> RecipeConfig:
-    values = {
-        flag.removeprefix("--").replace("-", "_"): int(value)
-        for flag, value in zip(FLAGS[recipe.name][::2], FLAGS[recipe.name][1::2], strict=True)
-    }
-    return dataclasses.replace(recipe.presets["lite"].config, **values)
+EVERY = [pytest.param(recipe, id=recipe.name) for recipe in TWO_DOMAIN_RECIPES]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +40,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(recipe: str, data: Path, out: Path, *more: str) -> int:
     return cli.main(
         [
-            "train", recipe, "--data", str(data), "--out", str(out), "--preset", "lite",
-            "--size", "32", "--batch-size", "2", "--steps", "2", "--workers", "0",
-            *FLAGS[recipe], *more,
+            "train", recipe, "--data", str(data), "--out", str(out), "--steps", "2",
+            "--workers", "0", *tiny_flags(recipe), *more,
         ]
     )  # fmt: skip
 
@@ -64,7 +49,7 @@ def train(recipe: str, data: Path, out: Path, *more: str) -> int:
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("size", [(16, 24), (1, 1), (9, 13), (2, 40)])
 def test_pictures_keep_their_size(kind: type[TwoDomainRecipe], size: tuple[int, int]) -> None:
-    recipe = kind(tiny(kind)).eval()
+    recipe = kind(tiny_config(kind)).eval()
     pictures = torch.rand(2, 3, *size) * 2 - 1
     with torch.no_grad():
         for direction in recipe.directions:
@@ -77,7 +62,7 @@ def test_pictures_keep_their_size(kind: type[TwoDomainRecipe], size: tuple[int, 
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_directions_are_two_networks(kind: type[TwoDomainRecipe]) -> None:
-    recipe = kind(tiny(kind)).eval()
+    recipe = kind(tiny_config(kind)).eval()
     a, b = torch.rand(2, 1, 3, 16, 16)
     with torch.no_grad():
         columns = recipe.samples({"A": a, "B": b})
@@ -90,7 +75,7 @@ def test_directions_are_two_networks(kind: type[TwoDomainRecipe]) -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_stylize_says_what_is_missing_or_too_much(kind: type[TwoDomainRecipe]) -> None:
-    recipe, picture = kind(tiny(kind)), torch.rand(1, 3, 16, 16)
+    recipe, picture = kind(tiny_config(kind)), torch.rand(1, 3, 16, 16)
     with pytest.raises(ValueError, match=r"direction: .* needs AtoB or BtoA, got None"):
         recipe.stylize(picture)
     with pytest.raises(ValueError, match=r"direction: .* needs AtoB or BtoA, got 'A'"):
@@ -149,6 +134,29 @@ def test_resume_takes_the_settings_of_the_run(
     assert "other settings" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_autocast_leaves_losses_in_fp32(kind: type[TwoDomainRecipe]) -> None:
+    recipe = kind(tiny_config(kind))
+    recipe.begin_training(32)
+    recipe.to(memory_format=torch.channels_last)
+    batch = {domain: torch.rand(2, 3, 32, 32) * 2 - 1 for domain in recipe.domains}
+    batch |= recipe.draw(0, 2, torch.Generator())
+    values: dict[torch.dtype | None, dict[str, float]] = {}
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            scratch = recipe.begin_step(batch)
+            terms = {
+                f"{phase}/{name}": term
+                for phase in recipe.phases
+                for name, term in recipe.losses(phase, batch, scratch).items()
+            }
+        assert all(term.dtype == torch.float32 for term in terms.values())
+        values[dtype] = {name: term.item() for name, term in terms.items()}
+    assert values[torch.bfloat16] == pytest.approx(values[None], rel=0.05)
+    assert values[torch.bfloat16] != values[None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EVERY)
 def test_losses_fall(kind: type[TwoDomainRecipe], data: Path, tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_losses_fall(kind: type[TwoDomainRecipe], data: Path, tmp_path: Path) ->
     )
     config = dataclasses.replace(
         config,
-        recipe=dataclasses.replace(tiny(kind), lr=2e-3),
+        recipe=dataclasses.replace(tiny_config(kind), lr=2e-3),
         training=dataclasses.replace(config.training, steps=60, batch_size=2),
         augmentation=dataclasses.replace(config.augmentation, size=32, resize=None),
     )

@@ -75,10 +75,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, bias=False)
 
     def forward(self, padded: Tensor, reflect_pad: int) -> Tensor:
-        x = instance_norm(self.conv1(padded), activation="relu", reflect_pad=1)
-        return instance_norm(
-            self.conv2(x), residual=padded[..., 1:-1, 1:-1], reflect_pad=reflect_pad
-        )
+        x = self.conv2(instance_norm(self.conv1(padded), activation="relu", reflect_pad=1))
+        residual = padded[..., 1:-1, 1:-1].to(x.dtype)  # latents may be fp32 under autocast
+        return instance_norm(x, residual=residual, reflect_pad=reflect_pad)
 
 
 class ResidualBlocks(nn.ModuleList):
