@@ -10,6 +10,7 @@ from fastgan.device import Precision
 from fastgan.recipes import Recipe, RecipeConfig
 from fastgan.recipes.serialize import from_json, to_json
 from fastgan.training.data import Augmentation
+from fastgan.training.engines import EngineName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,10 @@ class Training:
     """cpu, cuda, cuda:1, mps; None: a GPU if there is one."""
     precision: Precision | None = None
     """Autocast dtype; None: bf16 on GPUs since Ampere, fp16 on older ones, fp32 elsewhere."""
+    engine: EngineName = "eager"
+    """Execute a step operation by operation, by torch.compile or as one CUDA graph."""
+    deterministic: bool = False
+    """The same bits on every run on the same GPU, at some cost in speed."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
