@@ -3,12 +3,14 @@
 import dataclasses
 
 from fastgan.recipes import RecipeConfig
+from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.two_domains import TwoDomainRecipe
 from fastgan.recipes.unit import UNIT
 
-TWO_DOMAIN_RECIPES: tuple[type[TwoDomainRecipe], ...] = (UNIT,)
+TWO_DOMAIN_RECIPES: tuple[type[TwoDomainRecipe], ...] = (CycleGAN, UNIT)
 
 _CHANGES = {
+    "cyclegan": {"width": 4, "residual_blocks": 2, "discriminator_width": 4, "pool_size": 5},
     "unit": {"width": 4, "residual_blocks": 1, "discriminator_width": 4},
 }
 """By recipe: what makes its lite preset tiny."""

@@ -1,7 +1,9 @@
-"""Networks: style transfer, discriminator, and the frozen extractors losses compare features in."""
+"""Networks: generators, discriminators, and the frozen extractors losses compare features in."""
 
 from fastgan.models.discriminator import Discriminator, DiscriminatorConfig
 from fastgan.models.features import RandomFeatures, VGG19Features
+from fastgan.models.patchgan import PatchGAN
+from fastgan.models.resnet import ResnetGenerator, load_cyclegan_generator
 from fastgan.models.style_transfer import (
     BASE,
     LITE,
@@ -20,10 +22,13 @@ __all__ = [
     "Decoder",
     "Discriminator",
     "DiscriminatorConfig",
+    "PatchGAN",
     "RandomFeatures",
+    "ResnetGenerator",
     "StyleEncoder",
     "StyleTransferConfig",
     "StyleTransferGAN",
     "StyleTransferModule",
     "VGG19Features",
+    "load_cyclegan_generator",
 ]

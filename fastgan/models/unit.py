@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import ReflectionPad2d
 
+from fastgan.models.init import kaiming_init, normal_init
+from fastgan.models.resnet import ResidualBlocks
 from fastgan.ops.instance_norm import instance_norm, instance_stats
-from fastgan.reference import reflection_pad2d
 
 
 class LayerNorm(nn.Module):
@@ -62,36 +64,6 @@ class LayerNorm(nn.Module):
         )
 
 
-class ResidualBlock(nn.Module):
-    """``x + norm(conv(relu(norm(conv(x)))))`` with 3x3 convolutions and instance norm.
-
-    Takes x padded by 1, [B,C,H+2,W+2], as its convolution wants it, and returns the result padded
-    by `reflect_pad`, as whatever follows wants it.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, bias=False)
-
-    def forward(self, padded: Tensor, reflect_pad: int) -> Tensor:
-        x = self.conv2(instance_norm(self.conv1(padded), activation="relu", reflect_pad=1))
-        residual = padded[..., 1:-1, 1:-1].to(x.dtype)  # latents may be fp32 under autocast
-        return instance_norm(x, residual=residual, reflect_pad=reflect_pad)
-
-
-class ResidualBlocks(nn.ModuleList):
-    """Blocks in a row, from x padded by 1 to the result without padding."""
-
-    def __init__(self, channels: int, blocks: int) -> None:
-        super().__init__(ResidualBlock(channels) for _ in range(blocks))
-
-    def forward(self, padded: Tensor) -> Tensor:
-        for block in self:
-            padded = block(padded, 0 if block is self[-1] else 1)
-        return padded
-
-
 class Encoder(nn.Module):
     """Pictures to the mean of their latent distribution, whose standard deviation is 1.
 
@@ -101,7 +73,7 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int = 64, downsamplings: int = 2, blocks: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 7, bias=False)
+        self.stem = nn.Sequential(ReflectionPad2d(3), nn.Conv2d(3, width, 7, bias=False))
         self.down = nn.ModuleList(
             nn.Conv2d(width << i, width << i + 1, 4, stride=2, bias=False)
             for i in range(downsamplings)
@@ -110,23 +82,10 @@ class Encoder(nn.Module):
         self.apply(kaiming_init)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        x = self.stem(reflection_pad2d(pictures, (3, 3, 3, 3)))
+        x = self.stem(pictures)
         for down in self.down:
             x = down(instance_norm(x, activation="relu", reflect_pad=1))
         return self.blocks(instance_norm(x, activation="relu", reflect_pad=1))
-
-
-class UpBlock(nn.Module):
-    """Twice the size: nearest neighbours, 5x5 convolution, layer norm, ReLU, reflection pad."""
-
-    def __init__(self, channels: int, out_channels: int, reflect_pad: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels, 5)
-        self.norm = LayerNorm(out_channels, activation="relu", reflect_pad=reflect_pad)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2)
-        return self.norm(self.conv(reflection_pad2d(x, (2, 2, 2, 2))))
 
 
 class Decoder(nn.Module):
@@ -137,18 +96,22 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int = 64, upsamplings: int = 2, blocks: int = 4) -> None:
         super().__init__()
+        self.pad = ReflectionPad2d(1)
         self.blocks = ResidualBlocks(width << upsamplings, blocks)
-        self.up = nn.Sequential(
-            *(
-                UpBlock(width << i + 1, width << i, reflect_pad=0 if i else 3)
-                for i in reversed(range(upsamplings))
-            )
-        )
+        up: list[nn.Module] = []
+        for i in reversed(range(upsamplings)):
+            up += [
+                nn.Upsample(scale_factor=2),
+                ReflectionPad2d(2),
+                nn.Conv2d(width << i + 1, width << i, 5),
+                LayerNorm(width << i, activation="relu", reflect_pad=0 if i else 3),
+            ]
+        self.up = nn.Sequential(*up)
         self.head = nn.Conv2d(width, 3, 7)
         self.apply(kaiming_init)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return torch.tanh(self.head(self.up(self.blocks(reflection_pad2d(latents, (1, 1, 1, 1))))))
+        return torch.tanh(self.head(self.up(self.blocks(self.pad(latents)))))
 
 
 class Discriminator(nn.Module):
@@ -187,7 +150,7 @@ def _judge(width: int, layers: int) -> nn.Sequential:
     channels, blocks = 3, list[nn.Module]()
     for i in range(layers):
         convolution = nn.Conv2d(channels, width << i, 4, stride=2)
-        blocks += [nn.ReflectionPad2d(1), convolution, nn.LeakyReLU(0.2, inplace=True)]
+        blocks += [ReflectionPad2d(1), convolution, nn.LeakyReLU(0.2, inplace=True)]
         channels = width << i
     return nn.Sequential(*blocks, nn.Conv2d(channels, 1, 1))
 
@@ -201,19 +164,3 @@ def share_latent(encoders: Sequence[Encoder], decoders: Sequence[Decoder]) -> No
         encoder.blocks[-1] = encoders[0].blocks[-1]
     for decoder in decoders[1:]:
         decoder.blocks[0] = decoders[0].blocks[0]
-
-
-def kaiming_init(module: nn.Module) -> None:
-    """Of one convolution: weights N(0, 2 / fan-in), no bias."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def normal_init(module: nn.Module) -> None:
-    """Of one convolution: weights N(0, 0.02²), no bias."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgan.ops.gan_loss import DiscriminatorStats
 from fastgan.recipes.recipe import Batch, Recipe
 
 
@@ -75,6 +76,16 @@ def judge(
     discriminator: nn.Module, real: Tensor, fake: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Logits on real and on fake pictures, by scale, from one call of the discriminator."""
-    logits: Sequence[Tensor] = discriminator(torch.cat([real, fake]))
-    halves = [scale.split([len(real), len(fake)]) for scale in logits]
+    logits: Tensor | Sequence[Tensor] = discriminator(torch.cat([real, fake]))
+    scales = [logits] if isinstance(logits, Tensor) else logits
+    halves = [scale.split([len(real), len(fake)]) for scale in scales]
     return [scale[0] for scale in halves], [scale[1] for scale in halves]
+
+
+def discriminator_metrics(stats: Mapping[str, DiscriminatorStats]) -> dict[str, Tensor]:
+    """Statistics by domain as a recipe's metrics."""
+    return {
+        f"discriminator_{domain}/{name}": value
+        for domain, of_domain in stats.items()
+        for name, value in of_domain._asdict().items()
+    }

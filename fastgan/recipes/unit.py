@@ -17,7 +17,7 @@ from fastgan.ops.gan_loss import (
     generator_loss,
 )
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, RecipeConfig
-from fastgan.recipes.two_domains import TwoDomainRecipe, judge
+from fastgan.recipes.two_domains import TwoDomainRecipe, discriminator_metrics, judge
 from fastgan.reference import widen
 
 
@@ -208,11 +208,7 @@ class UNIT(TwoDomainRecipe):
         return terms
 
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
-        return {
-            f"discriminator_{domain}/{name}": value
-            for domain, stats in scratch.stats.items()
-            for name, value in stats._asdict().items()
-        }
+        return discriminator_metrics(scratch.stats)
 
     @property
     def size_multiple(self) -> int:
