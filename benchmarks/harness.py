@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import _dispatch
+from store import Record, significant
 from tolerances import RELATIVE
 
 Function = Callable[..., Any]
-Record = dict[str, Any]
 
 # Competitors may round intermediate results to 16 bits where fastgan does not: what the tests
 # allow fastgan, times this, is what the gate allows everybody.
@@ -42,6 +42,8 @@ class Variant:
     """``"eager"``, ``"compile"``, ``"library"`` (cuBLAS, cuDNN), ``"fastgan"`` or ``"peer"``."""
     build: Callable[[], Function]
     """Called once per case, untimed. What it returns is timed, called with the case's inputs."""
+    replays: bool = False
+    """Whether it replays CUDA graphs of its own, whose memory no single call allocates."""
 
 
 def eager(name: str, function: Function) -> Variant:
@@ -340,15 +342,11 @@ def summary(samples: Sequence[float]) -> Record:
     """Median and quartiles in seconds."""
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return {
-        "median": _round(median),
-        "q1": _round(lower),
-        "q3": _round(upper),
+        "median": significant(median),
+        "q1": significant(lower),
+        "q3": significant(upper),
         "rounds": len(samples),
     }
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # --- What else one call costs -------------------------------------------------------------------
@@ -434,9 +432,10 @@ def measure(
 
     records: dict[str, Record] = {}
     calls: dict[str, Callable[[int], Any]] = {}
+    replays = {variant.name: variant.replays for variant in case.variants}
     for variant in case.variants:
         if variant.name in names:
-            record = records[variant.name] = _describe(case, variant)
+            record = records[variant.name] = describe(case, variant)
             with _noting_failure(record):
                 calls[variant.name] = _gate(record, case, variant, sets, exact)
     calls = {name: call for name, call in calls.items() if "wrong" not in records[name]}
@@ -447,7 +446,7 @@ def measure(
         with _noting_failure(records[name]):
             blocks[name] = wall_block(call, device, effort)
             if device.type == "cuda":
-                _count(records[name], call)
+                _count(records[name], call, memory=not replays[name])
                 if case.mode != "step":
                     _capture(graphs, records[name], case, call, len(sets), exact, effort)
     right = {name: block for name, block in blocks.items() if _is_right(records[name])}
@@ -466,7 +465,7 @@ def _is_right(record: Record) -> bool:
     return "wrong" not in record and "failed" not in record
 
 
-def _describe(case: Case, variant: Variant) -> Record:
+def describe(case: Case, variant: Variant) -> Record:
     return {
         "op": case.op,
         "shape": case.shape,
@@ -507,7 +506,7 @@ def _gate(
             run(function, case, first.inputs, upstreams[0])
         record["impl"] = "+".join(sorted(chosen))
     share, wrong = verdict(case, results, exact)
-    record["error_of_allowed"] = _round(min(share, 1e9))
+    record["error_of_allowed"] = significant(min(share, 1e9))
     if wrong:
         record["wrong"] = wrong
     elif case.mode == "forward+backward":
@@ -520,8 +519,9 @@ def _gate(
     return call
 
 
-def _count(record: Record, call: Callable[[int], Any]) -> None:
-    record["peak_memory"] = peak_memory(lambda: call(0))
+def _count(record: Record, call: Callable[[int], Any], *, memory: bool) -> None:
+    if memory:
+        record["peak_memory"] = peak_memory(lambda: call(0))
     names = kernel_names(lambda: call(0))
     record["launches"] = len(names)
     if len(names) <= 8:
@@ -558,9 +558,9 @@ def _rate(record: Record) -> None:
     """Bandwidth and arithmetic rate from the fewest bytes and operations, by device time."""
     seconds = record.get("device", record["wall"])["median"]
     if record["bytes"]:
-        record["gb_per_s"] = _round(record["bytes"] / seconds / 1e9)
+        record["gb_per_s"] = significant(record["bytes"] / seconds / 1e9)
     if record["flops"]:
-        record["tflop_per_s"] = _round(record["flops"] / seconds / 1e12)
+        record["tflop_per_s"] = significant(record["flops"] / seconds / 1e12)
 
 
 # --- Inputs that the families share -------------------------------------------------------------

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 from rows import Row, rows_of
+from step_trace import CATEGORIES
 from store import Record
 
 mpl.use("Agg")
@@ -25,6 +26,8 @@ def draw(run: dict[str, Record], folder: Path) -> None:
     for part in PARTS:
         if part in run:
             _save(speedups(rows_of(run[part])), folder / f"{part}.svg")
+    if "breakdown" in run:
+        _save(breakdown(run["breakdown"]), folder / "breakdown.svg")
     if has_roofline(run):
         _save(roofline(run), folder / "roofline.svg")
 
@@ -67,6 +70,25 @@ def speedups(rows: list[Row]) -> Any:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(rows[0].header["device"], loc="left")
+    return figure
+
+
+def breakdown(part: Record) -> Any:
+    """One stacked bar per variant of a step, in milliseconds."""
+    records = part["records"]
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.42 * len(records)))
+    left = [0.0] * len(records)
+    colours = mpl.colormaps["tab10"].colors
+    for colour, name in zip(colours, CATEGORIES, strict=True):
+        widths = [1e3 * record["categories"][name] for record in records]
+        axes.barh(range(len(records)), widths, left=left, height=0.7, color=colour, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    labels = [f"{r['op']} {r['shape']} {r['dtype']}\n{r['variant']}" for r in records]
+    axes.set_yticks(range(len(records)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds per step")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import plots
 import store
 from rows import Row, ratio, rows_of, seconds, spread
+from step_trace import CATEGORIES
 from store import Record
 from targets import TARGETS
 
@@ -51,6 +52,13 @@ a CPU, `make gpu-bench` an NVIDIA GPU (`PART=gram` one part of it; a run that wa
   its plain PyTorch path ran.
 """
 
+BREAKDOWN = """\
+From torch's profiler. On a GPU a category is the time of its kernels and the launch gaps are the
+rest of a step that was timed without the profiler; on a CPU a category is the time of its ops and
+the gaps are what remains for Python. Data is the way of a ready batch from the host's bytes to
+pictures on the device.
+"""
+
 
 # --- RESULTS.md ---------------------------------------------------------------------------------
 
@@ -66,6 +74,10 @@ def results_page(runs: dict[str, dict[str, Record]]) -> str:
                 lines += [f"### {PARTS[part]}", "", provenance(content), ""]
                 lines += table(rows_of(content))
                 lines += [f"![Speed-up](results/{name}/{part}.svg)", ""]
+        if "breakdown" in run:
+            lines += ["### Where a training step's time goes", "", BREAKDOWN]
+            lines += [provenance(run["breakdown"]), "", *breakdown_table(run["breakdown"])]
+            lines += [f"![Breakdown](results/{name}/breakdown.svg)", ""]
         if plots.has_roofline(run):
             lines += ["### Against the limits of the machine", ""]
             lines += [f"![Roofline](results/{name}/roofline.svg)", ""]
@@ -113,6 +125,22 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
     return [*lines, "", *_refusals(rows)]
+
+
+def breakdown_table(part: Record) -> list[str]:
+    """Milliseconds of a step and shares of it, per step and variant."""
+    records = part["records"]
+    used = [name for name in CATEGORIES if any(r["categories"][name] > 0 for r in records)]
+    lines = [
+        "| step | variant | total | " + " | ".join(used) + " |",
+        "|---" * (3 + len(used)) + "|",
+    ]
+    for record in records:
+        shares = [record["categories"][name] / record["seconds"] for name in used]
+        start = f"| {record['op']}, {record['shape']} {record['dtype']} | {record['variant']} "
+        cells = " | ".join(f"{100 * share:.1f}%" for share in shares)
+        lines.append(f"{start}| {_duration(record['seconds'])} | {cells} |")
+    return [*lines, ""]
 
 
 def _cell(row: Row, kind: str) -> str:

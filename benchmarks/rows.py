@@ -59,7 +59,8 @@ class Row:
     @property
     def covered(self) -> bool:
         """Whether an implementation of fastgan's own ran, not its reference path."""
-        return self.fastgan is not None and self.fastgan.get("impl") != "reference"
+        own = [r for r in self.records.values() if r["kind"] == "fastgan"]
+        return any(record.get("impl") != "reference" for record in own)
 
     def in_layout(self, layout: str) -> Row | None:
         """The row of the same computation in another memory layout."""

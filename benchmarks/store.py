@@ -39,6 +39,11 @@ def identity(record: Record) -> tuple[str, ...]:
     return (*case_of(record), record["variant"])
 
 
+def significant(value: float) -> float:
+    """Four digits, which is more than any timing deserves."""
+    return float(f"{value:.4g}")
+
+
 # --- The machine --------------------------------------------------------------------------------
 
 
@@ -144,11 +149,11 @@ def ceilings(device: torch.device, *, quick: bool = False) -> Record:
     source = torch.rand(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     seconds = _best_median(lambda: target.copy_(source), device)
-    found: Record = {"copy_gb_per_s": _significant(2 * source.nbytes / seconds / 1e9)}
+    found: Record = {"copy_gb_per_s": significant(2 * source.nbytes / seconds / 1e9)}
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
         left, right = torch.randn(2, side, side, device=device).to(dtype)
         seconds = _best_median(lambda a=left, b=right: a @ b, device)
-        found[f"matmul_{dtype}_tflop_per_s".replace("torch.", "")] = _significant(
+        found[f"matmul_{dtype}_tflop_per_s".replace("torch.", "")] = significant(
             2 * side**3 / seconds / 1e12
         )
     return found
@@ -167,10 +172,6 @@ def _best_median(call: Any, device: torch.device) -> float:
 
     block()
     return statistics.median(block() for _ in range(9))
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # --- Files --------------------------------------------------------------------------------------
