@@ -147,4 +147,5 @@ def inference_case(
             for name, (kind, build) in variants.items()
         ),
         rotate=False,
+        deep=True,
     )

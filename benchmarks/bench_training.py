@@ -40,10 +40,18 @@ class Setting:
 
 TINY_STYLE = {"width": 4, "discriminator_width": 4, "extractor_levels": 3}
 BASE_STYLE = dataclasses.asdict(recipe_class("style_transfer").presets["base"].config)
+WITHOUT_NOISE = {"latent_noise": 0.0}  # which no two dtypes would draw alike
+TINY_UNIT = {"width": 4, "residual_blocks": 2, "discriminator_scales": 1, **WITHOUT_NOISE}
 SETTINGS = {
-    "tiny": [Setting("style_transfer", TINY_STYLE, 2, 32)],
+    "tiny": [
+        Setting("style_transfer", TINY_STYLE, 2, 32),
+        Setting("unit", TINY_UNIT, 1, 64),
+    ],
     "cpu": [Setting("style_transfer", {}, 4, 128)],
-    "gpu": [Setting("style_transfer", BASE_STYLE, 8, 256, "bf16")],
+    "gpu": [
+        Setting("style_transfer", BASE_STYLE, 8, 256, "bf16"),
+        Setting("unit", WITHOUT_NOISE, 1, 256, "bf16"),
+    ],
 }
 TINY_CYCLEGAN = {"width": 4, "blocks": 1}
 CYCLEGAN_SETTINGS = {
@@ -172,7 +180,7 @@ class RecipeStep:
         first = next(iter(kind.presets.values())).config
         with seeded():
             self._recipe = kind(dataclasses.replace(first, **setting.config))
-            self._recipe.begin_training()
+            self._recipe.begin_training(setting.size)
         self._setting = setting
         self._reference = reference
         self._engine: EagerEngine | None = None

@@ -91,6 +91,8 @@ class Case:
     """Turn through inputs larger together than the GPU's L2, for what is bound by memory."""
     precision: torch.dtype | None = None
     """Whose row of the tolerance table holds; None: that of each result's own dtype."""
+    deep: bool = False
+    """Judge by root mean squares: a whole network in 16 bits has outliers in every form."""
 
     @property
     def key(self) -> str:
@@ -210,14 +212,18 @@ def scale_gradients(case: Case, chosen: InputSet, exact: list[Tensor]) -> float:
     return factor
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest difference over largest exact magnitude; infinite for NaN or a wrong shape."""
+def relative_error(actual: Tensor, exact: Tensor, *, deep: bool = False) -> float:
+    """Largest difference over largest exact magnitude; infinite for NaN or a wrong shape.
+
+    With `deep` the root mean squares of both instead.
+    """
     if actual.shape != exact.shape:
         return math.inf
     if exact.numel() == 0:
         return 0.0
-    size = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    error = ((actual.detach().to(exact) - exact).abs().max() / size).item()
+    sizes = [(actual.detach().to(exact) - exact).abs(), exact.abs()]
+    difference, size = (x.square().mean().sqrt() if deep else x.max() for x in sizes)
+    error = (difference / size.clamp_min(torch.finfo(torch.float32).tiny)).item()
     return math.inf if math.isnan(error) else error
 
 
@@ -227,7 +233,7 @@ def verdict(case: Case, actual: Sequence[Tensor], exact: Sequence[Tensor]) -> tu
         return math.inf, f"{len(actual)} results instead of {len(exact)}"
     worst, wrong = 0.0, ""
     for index, (value, expected) in enumerate(zip(actual, exact, strict=True)):
-        error = relative_error(value, expected)
+        error = relative_error(value, expected, deep=case.deep)
         allowed = GATE * RELATIVE[case.precision or value.dtype]
         worst = max(worst, error / allowed)
         if error > allowed and not wrong:

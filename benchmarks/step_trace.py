@@ -50,7 +50,7 @@ _INNERMOST = (
     ("padding", r"reflection_pad|reflect_pad|constant_pad|ReflectionPad"),
     (CONVOLUTION, r"conv|gemm|addmm|bmm|::mm$|matmul|cutlass|xmma|wgrad|dgrad|Convolution"),
     ("loss", r"loss|gram|softplus|logsigmoid|log_sigmoid|square|::pow|::abs|::sgn|::mean|Abs|Mean"),
-    ("activation", r"relu|tanh|sigmoid"),
+    ("activation", r"relu|tanh|sigmoid|threshold|Relu|Tanh"),
     (
         "casts and copies",
         r"::copy_$|::_to_copy$|::to$|::clone$|::contiguous$|::cat$|::stack$|::zero_$|::fill_$"

@@ -26,6 +26,7 @@ import fastgan
 import harness
 import plots
 import report
+import step_trace
 import store
 from fastgan import reference
 from harness import Case, Effort, Variant, eager, fused
@@ -341,6 +342,136 @@ def test_a_variant_that_cannot_be_captured_keeps_its_host_time() -> None:
     assert not graphs
 
 
+# --- Where a step's time goes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["sm90_xmma_fprop_implicit_gemm", "aten::cudnn_convolution", "aten::conv2d"],
+            "convolution",
+        ),
+        (
+            ["void at::native::vectorized_elementwise_kernel", "aten::copy_", "aten::conv2d"],
+            "casts",
+        ),
+        (["nchwToNhwcKernel", "aten::cudnn_convolution"], "casts"),
+        (["reduce_kernel", "aten::sum", "ConvolutionBackward0"], "convolution"),
+        (["elementwise_kernel", "aten::batch_norm", "aten::instance_norm"], "norm"),
+        (["instance_norm_fwd_kernel", "fastgan::instance_norm"], "norm"),
+        (["elementwise_kernel", "aten::threshold_backward", "ReluBackward0"], "activation"),
+        (["elementwise_kernel", "aten::leaky_relu_"], "activation"),
+        (["reflection_pad2d_out_kernel", "aten::reflection_pad2d"], "padding"),
+        (["gram_fwd_kernel", "fastgan::gram_matrix"], "loss"),
+        (["elementwise_kernel", "aten::mse_loss"], "loss"),
+        (["elementwise_kernel", "aten::mul", "Optimizer.step#Adam.step"], "optimizer"),
+        (["multi_tensor_apply_kernel", "aten::_fused_adam_"], "optimizer"),
+        (["Memcpy HtoD (Pinned -> Device)", "aten::copy_"], "data"),
+        (["elementwise_kernel", "aten::div_", step_trace.DATA], "data"),
+        (["triton_poi_fused_convolution_relu_3", "Torch-Compiled Region"], "activation"),
+        (["triton_poi_fused_convolution_4"], "other"),
+        (["elementwise_kernel", "aten::add"], "other"),
+    ],
+)
+def test_work_is_told_apart_by_its_names(names: list[str], expected: str) -> None:
+    assert step_trace.category([*names, step_trace.STEP]).startswith(expected)
+
+
+def write_trace(path: Path, events: list[dict[str, Any]]) -> Path:
+    defaults = {"ph": "X", "pid": 1, "tid": 1}
+    metadata = {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "python"}}
+    path.write_text(json.dumps({"traceEvents": [metadata, *(defaults | e for e in events)]}))
+    return path
+
+
+def host(name: str, ts: float, dur: float, identity: int = 0, **more: Any) -> dict[str, Any]:
+    event = {"cat": "cpu_op", "name": name, "ts": ts, "dur": dur, "args": {"External id": identity}}
+    return event | more
+
+
+def kernel(name: str, ts: float, dur: float, identity: int) -> dict[str, Any]:
+    return host(name, ts, dur, identity, cat="kernel", pid=0, tid=7)
+
+
+def step_label(ts: float, dur: float) -> dict[str, Any]:
+    return {"cat": "user_annotation", "name": step_trace.STEP, "ts": ts, "dur": dur}
+
+
+def test_a_gpu_step_is_its_kernels_and_the_gaps_between_them(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            step_label(0, 50),
+            host("aten::conv2d", 0, 20, 1),
+            host("aten::cudnn_convolution", 5, 10, 2),
+            host("aten::relu", 30, 5, 3),
+            kernel("implicit_gemm", 20, 30, 2),
+            kernel("elementwise_kernel", 60, 20, 3),
+            kernel("elementwise_kernel", 60, 20, 3),  # at once, on another stream
+        ],
+    )
+    found = step_trace.read(trace)
+    assert found.seconds == pytest.approx(80e-6)
+    nonzero = {name: seconds for name, seconds in found.categories.items() if seconds}
+    share = 50 / 70  # of the time in which kernels ran, over the sum of theirs
+    assert nonzero == pytest.approx(
+        {
+            step_trace.CONVOLUTION: 30e-6 * share,
+            "activation": 40e-6 * share,
+            step_trace.GAPS: 30e-6,
+        }
+    )
+    without_profiler = step_trace.read(trace, seconds=60e-6)
+    assert without_profiler.seconds == pytest.approx(60e-6)
+    assert without_profiler.categories[step_trace.GAPS] == pytest.approx(10e-6)
+
+
+def test_a_cpu_step_is_its_ops_and_what_is_outside_of_them(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            host("aten::mul", 0, 5),  # before the steps
+            step_label(10, 100),
+            host("aten::conv2d", 10, 60),
+            host("aten::_to_copy", 20, 15),
+            host("Optimizer.step#Adam.step", 80, 20, cat="user_annotation"),
+            host("aten::mul", 85, 10),
+            step_label(110, 100),
+        ],
+    )
+    found = step_trace.read(trace)
+    assert found.seconds == pytest.approx(100e-6)
+    nonzero = {name: seconds for name, seconds in found.categories.items() if seconds}
+    assert nonzero == pytest.approx(
+        {
+            step_trace.CONVOLUTION: 45e-6 / 2,
+            "casts and copies": 15e-6 / 2,
+            "optimizer": 20e-6 / 2,
+            step_trace.GAPS: 120e-6 / 2,
+        }
+    )
+
+
+def test_a_trace_without_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no range called"):
+        step_trace.read(write_trace(tmp_path / "trace.json", [host("aten::mul", 0, 5)]))
+
+
+def test_a_profiled_step_adds_up(tmp_path: Path) -> None:
+    """Through torch's profiler: the plain CycleGAN, whose time is in convolutions and norms."""
+    module = importlib.import_module("bench_breakdown")
+    case = next(module.cases("tiny"))
+    record = module.breakdown(case, "public fp32", CPU, 1, tmp_path)
+    times = record["categories"]
+    assert set(times) == set(step_trace.CATEGORIES)
+    assert sum(times.values()) == pytest.approx(record["seconds"], rel=1e-2)
+    assert all(
+        times[name] > 0
+        for name in ("norm", "padding", "loss", "optimizer", "data", step_trace.CONVOLUTION)
+    )
+
+
 # --- Stored runs --------------------------------------------------------------------------------
 
 
@@ -587,6 +718,22 @@ def test_the_readme_claims_nothing_for_the_reference_path() -> None:
     section = report.readme_section({"test-cpu": run_of(1.0, impl="reference")})
     assert "4.0x" not in section
     assert "No kernels there, so plain PyTorch: adain forward+backward." in section
+
+
+def test_the_page_shows_where_a_step_s_time_goes(tmp_path: Path) -> None:
+    times = dict.fromkeys(step_trace.CATEGORIES, 0.0) | {
+        step_trace.CONVOLUTION: 8.5e-3,
+        step_trace.GAPS: 1.5e-3,
+    }
+    record = result("fastgan", "fastgan", 1.0, op="cyclegan step", shape="8x3x256x256")
+    record |= {"mode": "breakdown", "seconds": 1e-2, "categories": times}
+    del record["wall"]
+    run = {"breakdown": part(record, device_type="cuda")}
+    page = report.results_page({"test-gpu": run})
+    assert "| fastgan | 10 ms | 85.0% | 15.0% |" in page
+    assert "convolutions and GEMMs | of device time | ≥ 0.8 | met: 1.00 |" in page
+    plots.draw(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["breakdown.svg"]
 
 
 def test_report_writes_the_page_and_the_plots(tmp_path: Path) -> None:
