@@ -1,10 +1,11 @@
 """Registration of a custom op: schema, kernel, exact fake and gradient in one place.
 
 ``torch.library.register_autograd`` does the same for every kind of schema; this covers only
-positional tensors and numbers and costs about half as much per call, which matters where the
-kernel behind the op takes microseconds.
+positional tensors, lists of tensors and numbers and costs about half as much per call, which
+matters where the kernel behind the op takes microseconds.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def define(
     ``allocate(*inputs)`` makes the outputs; it is the op's fake as well, so that the two cannot
     differ in shape, dtype or strides. ``fill(outputs, *inputs)`` computes them.
     ``setup_context(ctx, inputs, outputs)`` and ``backward(ctx, *grads)`` are those of
-    ``register_autograd``; gradients that nobody asked for arrive as None.
+    ``register_autograd``; gradients that nobody asked for arrive as None, those of a list of
+    outputs one by one.
     """
     name = schema.split("(")[0]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -42,28 +44,52 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", allocate, lib=_LIBRARY)
 
-    class Function(torch.autograd.Function):
+    lists = [str(argument.type) == "List[Tensor]" for argument in op._schema.arguments]
+    returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
+
+    class Function(torch.autograd.Function):  # which sees tensors only outside of lists
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
+            inputs = _nest(flat, lists, lengths)
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, outputs)
-            return outputs
+            return tuple(outputs) if returns_list else outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return backward(ctx, *grads)
+            return None, *_flatten(backward(ctx, *grads), lists)
 
     def differentiable(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Function.apply(*inputs)
+            lengths = [len(x) for x, is_list in zip(inputs, lists, strict=True) if is_list]
+            outputs = Function.apply(lengths, *_flatten(inputs, lists))
+            return list(outputs) if returns_list else outputs
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     Function.__name__ = Function.__qualname__ = name
     _LIBRARY.impl(name, differentiable, "Autograd")
     return op
+
+
+def _flatten(values: Sequence[Any], lists: Sequence[bool]) -> list[Any]:
+    flat: list[Any] = []
+    for value, is_list in zip(values, lists, strict=True):
+        if is_list:
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def _nest(flat: Sequence[Any], lists: Sequence[bool], lengths: Sequence[int]) -> tuple[Any, ...]:
+    values, sizes = iter(flat), iter(lengths)
+    return tuple(
+        list(itertools.islice(values, next(sizes))) if is_list else next(values)
+        for is_list in lists
+    )
 
 
 def second_order(
@@ -80,13 +106,14 @@ def second_order(
     """
     create_graph = torch.is_grad_enabled()
 
-    def leaf(x: Tensor | None) -> Tensor | None:
-        if x is None or (create_graph and x.requires_grad):
-            return x
-        return x.detach().requires_grad_()
+    def apart(x: Tensor | None) -> Tensor | None:
+        """The tensor as a variable of its own: grads may have been computed from inputs."""
+        if x is None:
+            return None
+        return x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
 
     with torch.enable_grad():
-        inputs, grads = [leaf(x) for x in inputs], [leaf(g) for g in grads]
+        inputs, grads = [apart(x) for x in inputs], [apart(g) for g in grads]
         outputs = formula(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         first = _gradients(
