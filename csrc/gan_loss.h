@@ -10,7 +10,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "macros.h"
+#ifdef __CUDACC__
+#define FASTGAN_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTGAN_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastgan {
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "clones.h"
 #include "gan_loss.h"
 
 namespace fastgan {

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("reference", "triton", "native")
 
 # Fastest first, for each op family and device type. The reference path closes every row.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
-    "gram": {},
+    "gram": {"cuda": ("triton",)},
     "instance_norm": {"cuda": ("triton",)},
     "gan_loss": {"cuda": ("native",), "cpu": ("native",)},
 }

@@ -1,12 +1,13 @@
 """Gram matrices, the style loss over them, and the content loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgan import reference
-from fastgan.ops import _checks, _dispatch
+from fastgan.ops import _checks, _dispatch, _library
 
 NORMALIZATIONS = ("chw", "hw", "none")
 REDUCTIONS = ("mean", "channels")
@@ -39,9 +40,11 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", impl: str | None = 
     normalised by C·H·W as in Johnson, Alahi, Fei-Fei, "Perceptual Losses for Real-Time Style
     Transfer and Super-Resolution", 2016.
     """
-    _checks.feature_map("gram_matrix", "features", features, ranks=(3, 4))
-    _checks.one_of("gram_matrix", "normalize", normalize, NORMALIZATIONS)
-    _dispatch.choose("gram_matrix", "gram", impl, features.device)
+    op = "gram_matrix"
+    _checks.feature_map(op, "features", features, ranks=(3, 4))
+    _checks.one_of(op, "normalize", normalize, NORMALIZATIONS)
+    if _choose(op, impl, [features]) == "triton":
+        return _gram_matrix_op(features, normalize)
     with torch.autocast(features.device.type, enabled=False):
         return reference.gram_matrix(features, normalize)
 
@@ -91,14 +94,24 @@ def style_loss(
     for i, (x, target) in enumerate(zip(feature_list, target_list, strict=True)):
         _check_layer(op, i, len(feature_list), x, target)
         _checks.same_device(op, f"features[{i}]", x, "features[0]", feature_list[0])
-    device = feature_list[0].device
-    _dispatch.choose(op, "gram", impl, device)
-    with torch.autocast(device.type, enabled=False):
-        losses = [
-            weight * reference.style_loss(x, target, normalize)
-            for x, target, weight in zip(feature_list, target_list, weight_list, strict=True)
-        ]
-        return _total(losses)
+    if _choose(op, impl, feature_list) == "triton":
+        loss, _ = _style_loss_op(feature_list, target_list, normalize, weight_list)
+        return loss
+    with torch.autocast(feature_list[0].device.type, enabled=False):
+        return _style_loss(feature_list, target_list, normalize, weight_list)
+
+
+def _style_loss(
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    normalize: str,
+    weights: Sequence[float],
+) -> Tensor:
+    losses = [
+        weight * reference.style_loss(x, target, normalize)
+        for x, target, weight in zip(features, targets, weights, strict=True)
+    ]
+    return _total(losses)
 
 
 def _check_layer(op: str, index: int, count: int, x: Tensor, target: Tensor) -> None:
@@ -173,3 +186,236 @@ def content_loss(
 
 def _total(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+# --- Choice of implementation -------------------------------------------------------------------
+
+
+def _choose(op: str, impl: str | None, features: Sequence[Tensor]) -> str:
+    device = features[0].device
+    return _dispatch.choose(
+        op,
+        "gram",
+        impl,
+        device,
+        cannot={"triton": _triton_cannot(features)},
+        slower={"triton": _triton_is_slower(device)},
+    )
+
+
+def _triton_cannot(features: Sequence[Tensor]) -> str | None:
+    if any(x.dtype == torch.float64 for x in features):
+        return "computes in float32; float64 runs on the reference path"
+    if any(x.dtype != features[0].dtype for x in features):
+        return "takes layers of one dtype"
+    return None
+
+
+def _triton_is_slower(device: torch.device) -> str | None:
+    # get_device_properties is a constant to torch.compile, get_device_capability is not
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).major < 8:
+        return "has no tensor-core path below compute capability 8.0, unlike torch.bmm"
+    return None
+
+
+# --- Custom ops ---------------------------------------------------------------------------------
+
+
+def _allocate_gram(features: Tensor, normalize: str) -> Tensor:
+    batch, channels = features.shape[:2]
+    return features.new_empty((batch, channels, channels), dtype=torch.float32)
+
+
+def _fill_gram(gram: Tensor, features: Tensor, normalize: str) -> None:
+    _kernels().gram_matrix_fwd(features, _scale(features, normalize), gram)
+
+
+def _save_gram(ctx: Any, inputs: tuple[Any, ...], gram: Tensor) -> None:
+    features, ctx.normalize = inputs
+    ctx.save_for_backward(features)
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> Any:
+    (features,) = ctx.saved_tensors
+    return _gram_matrix_backward_op(grad, features, ctx.normalize), None
+
+
+_gram_matrix_op = _library.define(
+    "gram_matrix(Tensor features, str normalize) -> Tensor",
+    allocate=_allocate_gram,
+    fill=_fill_gram,
+    setup_context=_save_gram,
+    backward=_gram_backward,
+)
+
+
+def _allocate_gram_backward(grad: Tensor, features: Tensor, normalize: str) -> Tensor:
+    return torch.empty_like(features)
+
+
+def _fill_gram_backward(out: Tensor, grad: Tensor, features: Tensor, normalize: str) -> None:
+    _kernels().gram_bwd([features], None, grad.contiguous(), [_scale(features, normalize)], [out])
+
+
+def _save_gram_backward(ctx: Any, inputs: tuple[Any, ...], out: Tensor) -> None:
+    grad, features, ctx.normalize = inputs
+    ctx.save_for_backward(grad, features)
+
+
+def _gram_double_backward(ctx: Any, grad_out: Tensor) -> Any:
+    grad, features = ctx.saved_tensors
+
+    def formula(features: Tensor) -> Tensor:
+        return reference.gram_matrix(features, ctx.normalize)
+
+    with torch.autocast(features.device.type, enabled=False):
+        (grad_grad,), (grad_features,) = _library.second_order(
+            formula, [features], [grad], [grad_out]
+        )
+    return grad_grad, grad_features, None
+
+
+_gram_matrix_backward_op = _library.define(
+    "gram_matrix_backward(Tensor grad, Tensor features, str normalize) -> Tensor",
+    allocate=_allocate_gram_backward,
+    fill=_fill_gram_backward,
+    setup_context=_save_gram_backward,
+    backward=_gram_double_backward,
+)
+
+
+# The differences of Gram matrices and targets, [B, C, C] layer after layer, are kept for the
+# backward; nothing differentiates through them.
+
+
+def _allocate_style_loss(
+    features: list[Tensor], targets: list[Tensor], normalize: str, weights: list[float]
+) -> tuple[Tensor, Tensor]:
+    size = sum(x.shape[0] * x.shape[1] ** 2 for x in features)
+    loss = features[0].new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(size)
+
+
+def _fill_style_loss(
+    outputs: tuple[Tensor, Tensor],
+    features: list[Tensor],
+    targets: list[Tensor],
+    normalize: str,
+    weights: list[float],
+) -> None:
+    _kernels().style_loss_fwd(
+        features,
+        [target.contiguous() for target in targets],
+        [_scale(x, normalize) for x in features],
+        [weight / (4 * max(len(x), 1)) for x, weight in zip(features, weights, strict=True)],
+        *outputs,
+    )
+
+
+def _save_style_loss(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    features, targets, ctx.normalize, ctx.weights = inputs
+    differences = outputs[1]
+    ctx.mark_non_differentiable(differences)
+    ctx.layers = len(features)
+    ctx.save_for_backward(differences, *features, *targets)
+
+
+def _style_loss_backward(ctx: Any, grad: Tensor, _: None) -> Any:
+    differences, *tensors = ctx.saved_tensors
+    features, targets = tensors[: ctx.layers], tensors[ctx.layers :]
+    of_targets = any(target.requires_grad for target in targets)
+    grads = _style_loss_backward_op(
+        grad, differences, features, targets, of_targets, ctx.normalize, ctx.weights
+    )
+    grad_targets = grads[ctx.layers :] or [None] * ctx.layers
+    return grads[: ctx.layers], grad_targets, None, None
+
+
+_style_loss_op = _library.define(
+    "style_loss(Tensor[] features, Tensor[] targets, str normalize, float[] weights) "
+    "-> (Tensor loss, Tensor differences)",
+    allocate=_allocate_style_loss,
+    fill=_fill_style_loss,
+    setup_context=_save_style_loss,
+    backward=_style_loss_backward,
+)
+
+
+def _allocate_style_loss_backward(
+    grad: Tensor,
+    differences: Tensor,
+    features: list[Tensor],
+    targets: list[Tensor],
+    of_targets: bool,
+    normalize: str,
+    weights: list[float],
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (*features, *(targets if of_targets else ()))]
+
+
+def _fill_style_loss_backward(
+    outputs: list[Tensor],
+    grad: Tensor,
+    differences: Tensor,
+    features: list[Tensor],
+    targets: list[Tensor],
+    of_targets: bool,
+    normalize: str,
+    weights: list[float],
+) -> None:
+    """dL/dG = weight / (2B) * D, and dL/dT is its negative."""
+    coefficients = [w / (2 * max(len(x), 1)) for x, w in zip(features, weights, strict=True)]
+    scaled = [_scale(x, normalize) * c for x, c in zip(features, coefficients, strict=True)]
+    _kernels().gram_bwd(features, grad, differences, scaled, outputs[: len(features)])
+    if of_targets:
+        sizes = [x.shape[0] * x.shape[1] ** 2 for x in features]
+        for x, target, out, coefficient, part in zip(
+            features,
+            targets,
+            outputs[len(features) :],
+            coefficients,
+            differences.split(sizes),
+            strict=True,
+        ):
+            difference = part.view(*x.shape[:2], x.shape[1])
+            torch.mul(difference.sum_to_size(target.shape), grad * -coefficient, out=out)
+
+
+def _save_style_loss_backward(ctx: Any, inputs: tuple[Any, ...], outputs: list[Tensor]) -> None:
+    grad, _, features, targets, ctx.of_targets, ctx.normalize, ctx.weights = inputs
+    ctx.layers = len(features)
+    ctx.save_for_backward(grad, *features, *targets)
+
+
+def _style_loss_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+    grad, *tensors = ctx.saved_tensors
+    grad_grads = [*grad_outputs, *[None] * (len(tensors) - len(grad_outputs))]
+
+    def formula(*tensors: Tensor) -> Tensor:
+        return _style_loss(tensors[: ctx.layers], tensors[ctx.layers :], ctx.normalize, ctx.weights)
+
+    with torch.autocast(grad.device.type, enabled=False):
+        (grad_grad,), grad_tensors = _library.second_order(formula, tensors, [grad], grad_grads)
+    features, targets = grad_tensors[: ctx.layers], grad_tensors[ctx.layers :]
+    return grad_grad, None, features, targets, None, None, None
+
+
+_style_loss_backward_op = _library.define(
+    "style_loss_backward(Tensor grad, Tensor differences, Tensor[] features, Tensor[] targets, "
+    "bool of_targets, str normalize, float[] weights) -> Tensor[]",
+    allocate=_allocate_style_loss_backward,
+    fill=_fill_style_loss_backward,
+    setup_context=_save_style_loss_backward,
+    backward=_style_loss_double_backward,
+)
+
+
+def _kernels() -> Any:
+    from fastgan.kernels import gram  # imports Triton, so not before the first call
+
+    return gram
+
+
+def _scale(features: Tensor, normalize: str) -> float:
+    positions = features.shape[2:].numel()
+    return 1 / reference.gram_divisor(features.shape[1], positions, normalize)
