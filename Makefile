@@ -53,6 +53,11 @@ lint: setup
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-logo
 
+.PHONY: bench
+bench: setup
+	$(PYTHON) -m pytest $(BENCHES) --store $(PYTEST_ARGS); status=$$?; \
+	$(PYTHON) benchmarks/report.py --readme && exit $$status
+
 # --- On a GPU, with the Python, torch and Triton that are there ---------------------------------
 
 .PHONY: gpu-install
@@ -62,3 +67,13 @@ gpu-install:
 .PHONY: gpu-test
 gpu-test: gpu-install
 	$(GPU_PYTHON) tests/run_gpu.py
+
+# Results go to benchmarks/results/<device>/<part>.json and are shown by benchmarks/RESULTS.md. A
+# part is a benchmarks/bench_<part>.py; on a GPU one that was cut off goes on where it stopped.
+PART ?=
+BENCHES = benchmarks$(PART:%=/bench_%.py)
+
+.PHONY: gpu-bench
+gpu-bench: gpu-install
+	$(GPU_PYTHON) -m pytest $(BENCHES) --store --resume $(PYTEST_ARGS); status=$$?; \
+	$(GPU_PYTHON) benchmarks/report.py --readme && exit $$status

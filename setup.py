@@ -123,7 +123,7 @@ def extension():
     openmp = openmp_flags(compiler)
     cxx_flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", *openmp]
     nvcc_flags = ["-O3", "--threads=4"]
-    sources = ["bindings.cpp", "gan_loss.cpp", "gan_loss_cpu.cpp"]
+    sources = ["bindings.cpp", "gan_loss.cpp", "gan_loss_cpu.cpp", "instance_norm_cpu.cpp"]
     macros = []
     if cuda_home:
         os.environ["CUDA_HOME"] = cuda_home

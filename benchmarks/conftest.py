@@ -69,55 +69,65 @@ CLOCK = ReplayClock()
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if isinstance(item, pytest.Function) and "variant" in item.fixturenames:
+        if isinstance(item, pytest.Function) and "benchmark" in item.fixturenames:
             case = item.callspec.params["case"]
             item.add_marker(pytest.mark.benchmark(group=case.key, timer=CLOCK, disable_gc=False))
 
 
-class Runner:
-    """Measures a case when the first of its variants is asked for."""
+class Session:
+    """The device and effort of this run, and the file of the bench file at hand, if any."""
 
     def __init__(self, config: pytest.Config, part: str) -> None:
-        self._effort = harness.EFFORTS[config.getoption("--sizes")]
-        self._device = _device()
-        self._folder: Path | None = config.getoption("--store")
+        self.device = _device()
+        self.sizes: str = config.getoption("--sizes")
+        self.effort = harness.EFFORTS[self.sizes]
+        self._path: Path | None = config.getoption("--store")
+        if self._path is not None:
+            self._path = self._path / f"{part}.json"
         self._resume: bool = config.getoption("--resume")
-        self._part_name = part
         self._part: store.Part | None = None
         self._case: harness.Case | None = None
         self._records: dict[str, harness.Record] = {}
 
-    def outcome(self, case: harness.Case, variant: str, selected: list[str]) -> harness.Record:
+    def outcomes(self, case: harness.Case, variants: list[str]) -> dict[str, harness.Record]:
+        """Records of the variants of a case, measured when the case is first asked for."""
         if case is not self._case:
             self._case = case
-            self._records = self._measure(case, selected)
-        return self._records[variant]
+            self._records = self.stored(case, variants)
+            if not self._records:
+                self._records = harness.measure(case, variants, self.device, self.effort)
+                self.add(list(self._records.values()))
+        return self._records
 
-    def _measure(self, case: harness.Case, selected: list[str]) -> dict[str, harness.Record]:
+    def stored(self, case: harness.Case, variants: list[str]) -> dict[str, harness.Record]:
+        """Records that a resumed run holds, if it holds those of all these variants."""
+        part = self._open()
         key = (case.op, case.shape, case.dtype, case.layout, case.mode)
-        if self._folder is None:
-            return harness.measure(case, selected, self._device, self._effort)
-        if self._part is None:
-            header = store.environment(self._device)
-            quick = self._effort is harness.EFFORTS["tiny"]
-            header["ceilings"] = store.ceilings(self._device, quick=quick)
-            path = self._folder / f"{self._part_name}.json"
-            self._part = store.Part(path, header, resume=self._resume)
-        if self._part.has(key, selected):
-            return {name: self._part.record(key, name) for name in selected}
-        records = harness.measure(case, selected, self._device, self._effort)
-        kept = [{k: v for k, v in r.items() if k != "samples"} for r in records.values()]
-        self._part.add(kept)
-        return records
+        if part is None or not part.has(key, variants):
+            return {}
+        return {name: part.record(key, name) for name in variants}
+
+    def add(self, records: list[harness.Record]) -> None:
+        part = self._open()
+        if part is not None:
+            part.add({k: v for k, v in r.items() if k != "samples"} for r in records)
+
+    def _open(self) -> store.Part | None:
+        if self._part is None and self._path is not None:
+            header = store.environment(self.device)
+            header["ceilings"] = store.ceilings(self.device, quick=self.sizes == "tiny")
+            self._part = store.Part(self._path, header, resume=self._resume)
+        return self._part
 
 
 @pytest.fixture(scope="module")
-def _runner(request: pytest.FixtureRequest) -> Runner:
-    return Runner(request.config, request.module.__name__.rpartition(".")[2].removeprefix("bench_"))
+def session(request: pytest.FixtureRequest) -> Session:
+    name = request.module.__name__.rpartition(".")[2]
+    return Session(request.config, name.removeprefix("bench_"))
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, _runner: Runner, benchmark: Any) -> harness.Report:
+def record(request: pytest.FixtureRequest, session: Session, benchmark: Any) -> harness.Report:
     """Measure a variant of a case and report it; one that is wrong has no time.
 
     The test fails if that is fastgan, and is skipped, with the reason, if it is a competitor.
@@ -127,7 +137,7 @@ def record(request: pytest.FixtureRequest, _runner: Runner, benchmark: Any) -> h
         items = [item for item in request.session.items if isinstance(item, pytest.Function)]
         params = [item.callspec.params for item in items if hasattr(item, "callspec")]
         selected = [p["variant"] for p in params if p.get("case") is case]
-        outcome = _runner.outcome(case, variant, selected)
+        outcome = session.outcomes(case, selected)[variant]
         reason = outcome.get("wrong") or outcome.get("failed")
         if reason and outcome["kind"] == "fastgan":
             pytest.fail(f"{case.key}, {variant}: {reason}", pytrace=False)

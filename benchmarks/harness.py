@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fastgan.ops import _dispatch
+from store import Record, significant
 from tolerances import RELATIVE
 
 Function = Callable[..., Any]
-Record = dict[str, Any]
 
 # Competitors may round intermediate results to 16 bits where fastgan does not: what the tests
 # allow fastgan, times this, is what the gate allows everybody.
@@ -42,6 +42,8 @@ class Variant:
     """``"eager"``, ``"compile"``, ``"library"`` (cuBLAS, cuDNN), ``"fastgan"`` or ``"peer"``."""
     build: Callable[[], Function]
     """Called once per case, untimed. What it returns is timed, called with the case's inputs."""
+    replays: bool = False
+    """Whether it replays CUDA graphs of its own, whose memory no single call allocates."""
 
 
 def eager(name: str, function: Function) -> Variant:
@@ -89,6 +91,8 @@ class Case:
     """Turn through inputs larger together than the GPU's L2, for what is bound by memory."""
     precision: torch.dtype | None = None
     """Whose row of the tolerance table holds; None: that of each result's own dtype."""
+    deep: bool = False
+    """Judge by root mean squares: a whole network in 16 bits has outliers in every form."""
 
     @property
     def key(self) -> str:
@@ -208,14 +212,18 @@ def scale_gradients(case: Case, chosen: InputSet, exact: list[Tensor]) -> float:
     return factor
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest difference over largest exact magnitude; infinite for NaN or a wrong shape."""
+def relative_error(actual: Tensor, exact: Tensor, *, deep: bool = False) -> float:
+    """Largest difference over largest exact magnitude; infinite for NaN or a wrong shape.
+
+    With `deep` the root mean squares of both instead.
+    """
     if actual.shape != exact.shape:
         return math.inf
     if exact.numel() == 0:
         return 0.0
-    size = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    error = ((actual.detach().to(exact) - exact).abs().max() / size).item()
+    sizes = [(actual.detach().to(exact) - exact).abs(), exact.abs()]
+    difference, size = (x.square().mean().sqrt() if deep else x.max() for x in sizes)
+    error = (difference / size.clamp_min(torch.finfo(torch.float32).tiny)).item()
     return math.inf if math.isnan(error) else error
 
 
@@ -225,7 +233,7 @@ def verdict(case: Case, actual: Sequence[Tensor], exact: Sequence[Tensor]) -> tu
         return math.inf, f"{len(actual)} results instead of {len(exact)}"
     worst, wrong = 0.0, ""
     for index, (value, expected) in enumerate(zip(actual, exact, strict=True)):
-        error = relative_error(value, expected)
+        error = relative_error(value, expected, deep=case.deep)
         allowed = GATE * RELATIVE[case.precision or value.dtype]
         worst = max(worst, error / allowed)
         if error > allowed and not wrong:
@@ -340,15 +348,11 @@ def summary(samples: Sequence[float]) -> Record:
     """Median and quartiles in seconds."""
     lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return {
-        "median": _round(median),
-        "q1": _round(lower),
-        "q3": _round(upper),
+        "median": significant(median),
+        "q1": significant(lower),
+        "q3": significant(upper),
         "rounds": len(samples),
     }
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # --- What else one call costs -------------------------------------------------------------------
@@ -434,9 +438,10 @@ def measure(
 
     records: dict[str, Record] = {}
     calls: dict[str, Callable[[int], Any]] = {}
+    replays = {variant.name: variant.replays for variant in case.variants}
     for variant in case.variants:
         if variant.name in names:
-            record = records[variant.name] = _describe(case, variant)
+            record = records[variant.name] = describe(case, variant)
             with _noting_failure(record):
                 calls[variant.name] = _gate(record, case, variant, sets, exact)
     calls = {name: call for name, call in calls.items() if "wrong" not in records[name]}
@@ -447,7 +452,7 @@ def measure(
         with _noting_failure(records[name]):
             blocks[name] = wall_block(call, device, effort)
             if device.type == "cuda":
-                _count(records[name], call)
+                _count(records[name], call, memory=not replays[name])
                 if case.mode != "step":
                     _capture(graphs, records[name], case, call, len(sets), exact, effort)
     right = {name: block for name, block in blocks.items() if _is_right(records[name])}
@@ -466,7 +471,7 @@ def _is_right(record: Record) -> bool:
     return "wrong" not in record and "failed" not in record
 
 
-def _describe(case: Case, variant: Variant) -> Record:
+def describe(case: Case, variant: Variant) -> Record:
     return {
         "op": case.op,
         "shape": case.shape,
@@ -507,7 +512,7 @@ def _gate(
             run(function, case, first.inputs, upstreams[0])
         record["impl"] = "+".join(sorted(chosen))
     share, wrong = verdict(case, results, exact)
-    record["error_of_allowed"] = _round(min(share, 1e9))
+    record["error_of_allowed"] = significant(min(share, 1e9))
     if wrong:
         record["wrong"] = wrong
     elif case.mode == "forward+backward":
@@ -520,8 +525,9 @@ def _gate(
     return call
 
 
-def _count(record: Record, call: Callable[[int], Any]) -> None:
-    record["peak_memory"] = peak_memory(lambda: call(0))
+def _count(record: Record, call: Callable[[int], Any], *, memory: bool) -> None:
+    if memory:
+        record["peak_memory"] = peak_memory(lambda: call(0))
     names = kernel_names(lambda: call(0))
     record["launches"] = len(names)
     if len(names) <= 8:
@@ -558,9 +564,9 @@ def _rate(record: Record) -> None:
     """Bandwidth and arithmetic rate from the fewest bytes and operations, by device time."""
     seconds = record.get("device", record["wall"])["median"]
     if record["bytes"]:
-        record["gb_per_s"] = _round(record["bytes"] / seconds / 1e9)
+        record["gb_per_s"] = significant(record["bytes"] / seconds / 1e9)
     if record["flops"]:
-        record["tflop_per_s"] = _round(record["flops"] / seconds / 1e12)
+        record["tflop_per_s"] = significant(record["flops"] / seconds / 1e12)
 
 
 # --- Inputs that the families share -------------------------------------------------------------

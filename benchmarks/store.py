@@ -26,17 +26,22 @@ Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-IDENTITY = ("op", "shape", "dtype", "layout", "mode", "variant")
-
-
-def identity(record: Record) -> tuple[str, ...]:
-    """What a record measures, the same in every run."""
-    return tuple(record[field] for field in IDENTITY)
+CASE = ("op", "shape", "dtype", "layout", "mode")
 
 
 def case_of(record: Record) -> tuple[str, ...]:
     """The row that a record belongs to."""
-    return identity(record)[:-1]
+    return tuple(record[field] for field in CASE)
+
+
+def identity(record: Record) -> tuple[str, ...]:
+    """What a record measures, the same in every run."""
+    return (*case_of(record), record["variant"])
+
+
+def significant(value: float) -> float:
+    """Four digits, which is more than any timing deserves."""
+    return float(f"{value:.4g}")
 
 
 # --- The machine --------------------------------------------------------------------------------
@@ -56,6 +61,7 @@ def environment(device: torch.device) -> Record:
         "pytest_benchmark": _version("pytest-benchmark"),
         "commit": _commit(),
         "sources": source_digest(),
+        "load_average": round(os.getloadavg()[0], 1),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -143,11 +149,11 @@ def ceilings(device: torch.device, *, quick: bool = False) -> Record:
     source = torch.rand(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
     seconds = _best_median(lambda: target.copy_(source), device)
-    found: Record = {"copy_gb_per_s": _significant(2 * source.nbytes / seconds / 1e9)}
+    found: Record = {"copy_gb_per_s": significant(2 * source.nbytes / seconds / 1e9)}
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
         left, right = torch.randn(2, side, side, device=device).to(dtype)
         seconds = _best_median(lambda a=left, b=right: a @ b, device)
-        found[f"matmul_{dtype}_tflop_per_s".replace("torch.", "")] = _significant(
+        found[f"matmul_{dtype}_tflop_per_s".replace("torch.", "")] = significant(
             2 * side**3 / seconds / 1e12
         )
     return found
@@ -166,10 +172,6 @@ def _best_median(call: Any, device: torch.device) -> float:
 
     block()
     return statistics.median(block() for _ in range(9))
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -209,6 +211,17 @@ def _as_text(header: Record, records: list[Record]) -> str:
     head = json.dumps(header, indent=1)
     body = ",\n".join("  " + json.dumps(record) for record in records)
     return head[: head.rindex("}")].rstrip() + ',\n "records": [\n' + body + "\n ]\n}\n"
+
+
+def load_runs(folder: Path) -> dict[str, dict[str, Record]]:
+    """Every run in a folder of runs by name, GPUs first."""
+    runs = {path.name: load_run(path) for path in sorted(folder.glob("*")) if path.is_dir()}
+    found = {name: run for name, run in runs.items() if run}
+    return dict(sorted(found.items(), key=lambda item: "cpu" in _device_types(item[1])))
+
+
+def _device_types(run: dict[str, Record]) -> set[str]:
+    return {part["device_type"] for part in run.values()}
 
 
 def load_run(folder: Path) -> dict[str, Record]:

@@ -1,6 +1,8 @@
 // fastgan._C: importing it registers torch.ops.fastgan.*; the module itself tells how it was built.
-#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
+
+#include "instance_norm.h"
 
 #ifdef FASTGAN_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -36,4 +38,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++/CUDA kernels of fastgan, as torch.ops.fastgan.*";
   m.def("build_info", &build_info,
         "Versions of torch and CUDA, GPU architectures and compiler of this build.");
+  const py::call_guard<py::gil_scoped_release> without_gil;
+  m.def("instance_stats_fwd", &fastgan::instance_stats_fwd, without_gil);
+  m.def("instance_stats_bwd", &fastgan::instance_stats_bwd, without_gil);
+  m.def("instance_norm_fwd", &fastgan::instance_norm_fwd, without_gil);
+  m.def("instance_norm_bwd", &fastgan::instance_norm_bwd, without_gil);
 }

@@ -36,10 +36,9 @@ Mode parse_mode(std::string_view mode) {
   return Mode::wgan;
 }
 
+// One of the lists may be empty; the dispatcher found the op by a tensor, so not both are.
 const Tensor& first_of(TensorList real, TensorList fake) {
-  TORCH_CHECK_VALUE(!real.empty() || !fake.empty(),
-                    "gan_loss: real_logits and fake_logits must not both be empty");
-  return real.empty() ? fake[0] : real[0];
+  return real.empty() ? fake.front() : real.front();
 }
 
 void check(TensorList real, TensorList fake) {
@@ -260,8 +259,8 @@ class GanLossBackward : public torch::autograd::Function<GanLossBackward> {
     variable_list grad_of_logits;
     for (size_t i = 0; i < logits.size(); ++i) {
       const Tensor x = logits[i].to(grad.dtype());
-      const Tensor direction =
-          grad_grads[i].to(grad.dtype()) * (a.scale / static_cast<double>(x.numel()));
+      const at::Scalar numel{c10::SymFloat(x.sym_numel())};  // a symbol under torch.compile
+      const Tensor direction = grad_grads[i].to(grad.dtype()) * a.scale / numel;
       grad_of_grad =
           grad_of_grad + (direction * slope(x, i < real_count, mode, a.label_smoothing)).sum();
       grad_of_logits.push_back((grad * direction * curvature(x, mode)).to(logits[i].dtype()));
@@ -313,13 +312,13 @@ std::vector<Tensor> gan_loss_backward_autograd(const Tensor& grad, TensorList re
 
 TORCH_LIBRARY_FRAGMENT(fastgan, m) {
   m.def(
-      "gan_loss(Tensor[] real_logits, Tensor[] fake_logits, str mode, float label_smoothing, float "
-      "scale)"
-      " -> (Tensor loss, Tensor stats)");
+      "gan_loss(Tensor[] real_logits, Tensor[] fake_logits, str mode, float label_smoothing,"
+      " float scale) -> (Tensor loss, Tensor stats)",
+      {at::Tag::pt2_compliant_tag});
   m.def(
-      "gan_loss_backward(Tensor grad, Tensor[] real_logits, Tensor[] fake_logits, str mode, float "
-      "label_smoothing,"
-      " float scale) -> Tensor[]");
+      "gan_loss_backward(Tensor grad, Tensor[] real_logits, Tensor[] fake_logits, str mode,"
+      " float label_smoothing, float scale) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CPU, m) {

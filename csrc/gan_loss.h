@@ -10,11 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __CUDACC__
-#define FASTGAN_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTGAN_INLINE inline __attribute__((always_inline))
-#endif
+#include "macros.h"
 
 namespace fastgan {
 

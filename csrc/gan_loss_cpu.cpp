@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "clones.h"
 #include "gan_loss.h"
 
 namespace fastgan {

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fastgan
 
@@ -21,7 +21,7 @@ _USAGE = """\
 usage: fastgan COMMAND ...
 
   train RECIPE   train on two folders of pictures
-  stylize        render pictures in the style of another with a trained model
+  stylize        render pictures with a trained model
   demo           train a small model on bundled photographs and show what it does
   env            versions, devices, live implementations: the text for a bug report
 
@@ -33,8 +33,12 @@ _OF_EXTRA = {
 }
 
 
-class UsageError(Exception):
-    """The arguments do not serve; one line that says why."""
+class Failure(Exception):
+    """Ends the command with `code` and one line that says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(2, f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
     try:
         return _COMMANDS[command](rest)
-    except UsageError as error:
-        return _fail(2, str(error))
+    except Failure as failure:
+        return _fail(failure.code, str(failure))
     except ImportError as error:
         extra = _OF_EXTRA.get((error.name or "").partition(".")[0])
         if extra is not None:
@@ -71,14 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
-    from fastgan.checkpoint import CheckpointError
-    from fastgan.images import ImageError
     from fastgan.recipes import RECIPES, recipe_class
-    from fastgan.training import Trainer, TrainingError, TrainingInterrupted
+    from fastgan.training import Trainer
     from fastgan.training.config import TrainConfig
 
-    names = ", ".join(name.replace("_", "-") for name in RECIPES)
     if not arguments or arguments[0] in ("-h", "--help"):
+        names = ", ".join(name.replace("_", "-") for name in RECIPES)
         print(
             f"usage: fastgan train RECIPE ...\n\nrecipes: {names}\n\n"
             "fastgan train RECIPE --help shows the flags"
@@ -86,7 +88,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     name, *flags = arguments
     _log_to_stderr()
-    with _usage_errors():
+    with _argument_errors():
         recipe = recipe_class(name)
         config = tyro.cli(
             TrainConfig,
@@ -96,19 +98,16 @@ def _train(arguments: list[str]) -> int:
             args=flags,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         )
-    try:
-        with _usage_errors():
+    with _training_errors():
+        with _argument_errors():
             trainer = Trainer(recipe, config, progress=True)
         trainer.train()
-    except TrainingInterrupted as error:
-        return _fail(128 + error.signum, str(error))
-    except (TrainingError, CheckpointError, ImageError, OSError) as error:
-        return _fail(1, str(error))
     run = config.output.out
+    how = f"--direction {recipe.directions[0]}" if recipe.directions else "--style STYLE"
     print(
         f"{trainer.step} steps: {trainer.folder.newest()}\n"
         f"look: {run}/samples, {run}/losses.jsonl, tensorboard --logdir {run}\n"
-        f"use:  fastgan stylize --checkpoint {run} --content PHOTO --style STYLE --out OUT.png"
+        f"use:  fastgan stylize --checkpoint {run} --content PHOTO {how} --out OUT.png"
     )
     return 0
 
@@ -119,7 +118,7 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
 
     from fastgan.checkpoint import read_header
     from fastgan.run_folder import RunFolder
-    from fastgan.training.config import Output, Pictures, preset_config
+    from fastgan.training.config import Output, pictures_class, preset_config
     from fastgan.training.trainer import training_config
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -129,10 +128,16 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
     given, _ = early.parse_known_args(flags)
     path = RunFolder(given.out).newest() if given.resume and given.out else None
     if path is None:
+        pictures = pictures_class(recipe)
+        required = [
+            field.name
+            for field in dataclasses.fields(pictures)
+            if field.default is dataclasses.MISSING
+        ]
         return preset_config(
             recipe,
             given.preset,
-            Pictures(content=tyro.MISSING, style=tyro.MISSING),
+            pictures(**dict.fromkeys(required, tyro.MISSING)),
             Output(out=tyro.MISSING),
         )
     config = training_config(read_header(path), recipe, path)
@@ -145,16 +150,21 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _StylizeFlags:
-    """Render pictures in the style of another picture; each keeps its size."""
+    """Render pictures in the style of another one, or as pictures of another domain.
+
+    Each keeps its size.
+    """
 
     checkpoint: Path
     """A checkpoint, or the folder of a run."""
     content: tuple[Path, ...]
     """Pictures and folders of pictures to render."""
-    style: Path
-    """The picture whose style they take on."""
     out: Path
     """A picture for one result, else a folder, where results keep the names of the content."""
+    style: Path | None = None
+    """The picture whose style they take on; for checkpoints of style-transfer."""
+    direction: Literal["AtoB", "BtoA"] | None = None
+    """From which domain to which; for checkpoints of recipes that translate between two."""
     alpha: float = 1.0
     """Strength of the style, 0 to 1."""
     device: str | None = None
@@ -173,13 +183,14 @@ def _stylize(arguments: list[str]) -> int:
         config=(tyro.conf.DisallowNone,),
     )
     _log_to_stderr()
-    with _usage_errors():
+    with _argument_errors():
         written = stylize(
             flags.checkpoint,
             flags.content,
             flags.style,
             flags.out,
             alpha=flags.alpha,
+            direction=flags.direction,
             device=flags.device,
             progress=True,
         )
@@ -191,7 +202,7 @@ def _env(arguments: list[str]) -> int:
     from fastgan import env
 
     if arguments:
-        raise UsageError(f"env takes no arguments, got {' '.join(arguments)}")
+        raise Failure(2, f"env takes no arguments, got {' '.join(arguments)}")
     env.main()
     return 0
 
@@ -204,8 +215,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 @contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """What the arguments brought about is told in one line."""
+def _argument_errors() -> Iterator[None]:
+    """What wrong arguments brought about."""
     from fastgan.checkpoint import CheckpointError
     from fastgan.images import ImageError
 
@@ -213,8 +224,23 @@ def _usage_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, CheckpointError, ImageError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            raise UsageError(f"{error.filename}: {error.strerror}") from error
-        raise UsageError(str(error)) from error
+            raise Failure(2, f"{error.filename}: {error.strerror}") from error
+        raise Failure(2, str(error)) from error
+
+
+@contextlib.contextmanager
+def _training_errors() -> Iterator[None]:
+    """What went wrong on the way."""
+    from fastgan.checkpoint import CheckpointError
+    from fastgan.images import ImageError
+    from fastgan.training import TrainingError, TrainingInterrupted
+
+    try:
+        yield
+    except TrainingInterrupted as error:
+        raise Failure(128 + error.signum, str(error)) from error
+    except (TrainingError, CheckpointError, ImageError, OSError) as error:
+        raise Failure(1, str(error)) from error
 
 
 def _first_line(thing: Any) -> str:

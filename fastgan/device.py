@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, TypeAlias
 
 import torch
@@ -37,3 +38,14 @@ def choose_precision(requested: Precision | None, device: torch.device) -> Preci
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def use_deterministic_algorithms() -> None:
+    """The same bits on every run on the same GPU, for the rest of the process.
+
+    To be called before the first matrix product of the process, for cuBLAS then sets itself up.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)

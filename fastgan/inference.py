@@ -59,25 +59,27 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
 def stylize(
     checkpoint: str | Path,
     content: str | Path | Sequence[str | Path],
-    style: str | Path,
+    style: str | Path | None,
     out: str | Path,
     *,
     alpha: float = 1.0,
+    direction: str | None = None,
     device: str | None = None,
     progress: bool = False,
 ) -> list[Path]:
-    """Renders content pictures in the style of another picture; returns the files it wrote.
+    """Renders content pictures in the style of another picture, or as pictures of another domain.
 
     Each result has the size of its content picture. One content file and an `out` that ends like
     a picture give that file; otherwise `out` is a folder, which mirrors the names of the content
     files and, for content folders, the tree below them. Content that is no readable picture is
-    skipped with a warning.
+    skipped with a warning. Returns the files written.
 
     Args:
         checkpoint: a checkpoint, or the folder of a run.
         content: files and folders of pictures; folders are searched at any depth.
-        style: one picture.
+        style: one picture; None where the recipe of the checkpoint has directions.
         alpha: strength of the style, 0 (the content, reconstructed) to 1.
+        direction: "AtoB" or "BtoA" where the recipe has directions.
         device: cpu, cuda, mps (default: a GPU if there is one).
         progress: show a progress bar on standard error.
 
@@ -94,9 +96,9 @@ def stylize(
     targets = _targets([Path(path) for path in given], Path(out))
     where = choose_device(device)
     recipe = load_recipe(checkpoint, where)
-    if recipe.directions:
-        raise ValueError(f"{checkpoint}: the recipe {recipe.name} takes no style picture")
-    style_picture = _load(Path(style), where)
+    if direction is not None and not recipe.directions:
+        raise ValueError(f"direction: {recipe.name} has none, its style picture decides")
+    style_picture = None if style is None else _load(Path(style), where)
     written: list[Path] = []
     for source, target in tqdm(
         targets.items(), disable=not progress or len(targets) == 1, unit="picture"
@@ -109,7 +111,7 @@ def stylize(
             log.warning("skipped %s", error)
             continue
         with torch.inference_mode():
-            result = recipe.stylize(picture, style_picture, alpha=alpha)
+            result = recipe.stylize(picture, style_picture, alpha=alpha, direction=direction)
         target.parent.mkdir(parents=True, exist_ok=True)
         save_image(result[0], target)
         written.append(target)

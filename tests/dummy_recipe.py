@@ -1,4 +1,8 @@
-"""A recipe that trains in milliseconds; run as a script, the command line that knows it."""
+"""A recipe that trains in milliseconds.
+
+Run as a script: the command line that knows it, and that sends itself a signal in a given step of
+any recipe's training.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +101,7 @@ class Dummy(Recipe):
         return 2 * steps_per_epoch
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        if step == int(os.environ.get("DUMMY_SIGNAL_STEP", "-1")):
-            os.kill(os.getpid(), int(os.environ["DUMMY_SIGNAL"]))
+        _signal_in(step)
         return {
             "slot": torch.randint(4, (1,), generator=generator),
             "fault": torch.tensor(0 <= step - self.config.fault_step < self.config.fault_steps),
@@ -152,5 +155,27 @@ class Dummy(Recipe):
 
 RECIPES[Dummy.name] = Dummy
 
+
+def _signal_in(step: int) -> None:
+    """The signal that the environment asks for in this step, sent to this process."""
+    if step == int(os.environ.get("SIGNAL_STEP", "-1")):
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+
+def _signalling(recipe: type[Recipe]) -> None:
+    draw = recipe.draw
+
+    def signal_and_draw(
+        self: Recipe, step: int, batch_size: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        _signal_in(step)
+        return draw(self, step, batch_size, generator)
+
+    recipe.draw = signal_and_draw
+
+
 if __name__ == "__main__":
+    for shipped in RECIPES.values():
+        if shipped is not Dummy:
+            _signalling(shipped)
     sys.exit(cli.main())

@@ -17,12 +17,14 @@ import torch
 
 from dummy_recipe import Dummy
 from fastgan import checkpoint, cli
+from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output, Pictures, TrainConfig
 from fastgan.training.engine import EagerEngine
 from fastgan.training.state import engine_state, restore_engine
-from pictures import write_pictures
+from pictures import write_folders, write_pictures
+from tiny import TWO_DOMAIN_RECIPES, tiny_flags
 
 STEPS = 23
 
@@ -43,11 +45,8 @@ def make_config(
     )
 
 
-def flags(pictures: Pictures, out: Path, **more: Any) -> list[str]:
+def flags(out: Path, **more: Any) -> list[str]:
     given = {
-        "content": pictures.content,
-        "style": pictures.style,
-        "workers": pictures.workers,
         "out": out,
         "device": "cpu",
         "steps": STEPS,
@@ -62,17 +61,17 @@ def flags(pictures: Pictures, out: Path, **more: Any) -> list[str]:
 def run_and_signal(
     arguments: list[str], step: int, signum: int
 ) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own that sends itself `signum` in `step`."""
+    """`fastgan train` in a process of its own that sends itself `signum` in `step`."""
     script = Path(__file__).with_name("dummy_recipe.py")
     root = str(script.parent.parent)
     return subprocess.run(
-        [sys.executable, str(script), "train", "dummy", *arguments],
+        [sys.executable, str(script), "train", *arguments],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "DUMMY_SIGNAL_STEP": str(step),
-            "DUMMY_SIGNAL": str(int(signum)),
+            "SIGNAL_STEP": str(step),
+            "SIGNAL": str(int(signum)),
         },
         capture_output=True,
         text=True,
@@ -116,28 +115,69 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_kill_and_resume(folders: Pictures, tmp_path: Path, precision: Any) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "precision"),
+    [
+        ("dummy", "fp32"),
+        ("dummy", "bf16"),
+        ("dummy", "fp16"),
+        *((recipe.name, "fp32") for recipe in TWO_DOMAIN_RECIPES),
+    ],
+)
+def test_kill_and_resume(tmp_path: Path, recipe: str, precision: str) -> None:
+    if recipe == "dummy":
+        write_pictures(tmp_path)
+        own = ["--content", str(tmp_path / "content"), "--style", str(tmp_path / "style")]
+    else:
+        write_folders(tmp_path, ("trainA", "trainB"))
+        own = ["--data", str(tmp_path), *tiny_flags(recipe)]
+    whole, killed = (
+        [recipe, *own, *flags(tmp_path / name, precision=precision, workers=0)]
+        for name in ("whole", "killed")
+    )
     step = random.SystemRandom().randrange(1, STEPS)
     print(f"killed in step {step}")
-    whole = make_config(folders, tmp_path / "whole", precision=precision)
-    Trainer(Dummy, whole).train()
-    arguments = flags(folders, tmp_path / "killed", precision=precision)
-    ended = run_and_signal(arguments, step, signal.SIGKILL)
+    assert cli.main(["train", *whole]) == 0
+    ended = run_and_signal(killed, step, signal.SIGKILL)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    trainer = Trainer(Dummy, make_config(folders, tmp_path / "killed", True, precision=precision))
-    assert trainer.step == step // 5 * 5
-    assert trainer.recipe.generator[0].weight.is_contiguous(memory_format=torch.channels_last)
-    trainer.train()
+    saved = [path.stem for path in RunFolder(tmp_path / "killed").checkpoints()]
+    assert saved == [f"step_{done:08d}" for done in range(5, step + 1, 5)][-3:]
+    assert cli.main(["train", *killed, "--resume"]) == 0
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
+    weights = checkpoint.load(tmp_path / "killed" / "latest.safetensors")["networks"].values()
+    filters = [weight for weight in weights if weight.ndim == 4 and weight.shape[1] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_style_transfer_resumes_to_the_bit(
+    folders: Pictures, tmp_path: Path, precision: Any
+) -> None:
+    def train(out: Path, steps: int, resume: bool) -> None:
+        config = preset_config(StyleTransfer, "lite", folders, Output(out, resume=resume))
+        config = dataclasses.replace(
+            config,
+            training=dataclasses.replace(
+                config.training, steps=steps, batch_size=1, device="cpu", precision=precision
+            ),
+            augmentation=dataclasses.replace(config.augmentation, size=32, resize=40),
+        )
+        Trainer(StyleTransfer, config).train()
+
+    train(tmp_path / "whole", 4, resume=False)
+    train(tmp_path / "parts", 2, resume=False)
+    torch.rand(5)  # what happens between is nobody's concern
+    train(tmp_path / "parts", 4, resume=True)
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stop_and_resume(folders: Pictures, tmp_path: Path, signum: int) -> None:
-    with_workers = dataclasses.replace(folders, workers=2)
     Trainer(Dummy, make_config(folders, tmp_path / "whole")).train()
-    ended = run_and_signal(flags(with_workers, tmp_path / "stopped"), 7, signum)
+    own = ["--content", str(folders.content), "--style", str(folders.style)]
+    stopped = ["dummy", *own, *flags(tmp_path / "stopped", workers=2)]
+    ended = run_and_signal(stopped, 7, signum)
     assert ended.returncode == 128 + signum, ended.stderr
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"fastgan: {signal.Signals(signum).name} after step 8: saved")

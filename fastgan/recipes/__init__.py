@@ -1,6 +1,9 @@
 """What is optimised: a recipe turns networks and a batch into named losses."""
 
+from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig
+from fastgan.recipes.style_transfer import StyleTransfer
+from fastgan.recipes.unit import UNIT
 
 __all__ = [
     "RECIPES",
@@ -12,7 +15,7 @@ __all__ = [
     "recipe_class",
 ]
 
-_SHIPPED: tuple[type[Recipe], ...] = ()
+_SHIPPED: tuple[type[Recipe], ...] = (StyleTransfer, CycleGAN, UNIT)
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in _SHIPPED}
 """By name, as checkpoints and the command line call them. Add your own class to train it."""

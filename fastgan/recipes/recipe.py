@@ -169,5 +169,5 @@ class Recipe(nn.Module, abc.ABC):
         """Pictures [B,3,H,W] of any size in, pictures of the same size out.
 
         `style` [B or 1,3,h,w] and `alpha` (strength, 0 to 1) are for recipes without `directions`;
-        `direction` is for those that have some.
+        `direction` is for those that have some. What is missing or too much is a ValueError.
         """

@@ -10,16 +10,13 @@ from fastgan.device import Precision
 from fastgan.recipes import Recipe, RecipeConfig
 from fastgan.recipes.serialize import from_json, to_json
 from fastgan.training.data import Augmentation
+from fastgan.training.engines import EngineName
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Where the pictures are and how they are read; folders are searched at any depth."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How pictures are read; a subclass says from where. Folders are searched at any depth."""
 
-    content: Path
-    """Folder of content pictures."""
-    style: Path
-    """Folder of style pictures."""
     workers: int = 4
     """Processes that read pictures; 0 reads them in the training process."""
     strict: bool = False
@@ -31,7 +28,33 @@ class Pictures:
     @property
     def folders(self) -> dict[str, Path]:
         """By domain."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures(Reading):
+    """Of a recipe that renders content in the style of a picture."""
+
+    content: Path
+    """Folder of content pictures."""
+    style: Path
+    """Folder of style pictures."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
         return {"content": self.content, "style": self.style}
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainPictures(Reading):
+    """Of a recipe that translates between two domains, A and B."""
+
+    data: Path
+    """Folder that holds the folders of pictures trainA and trainB."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return {"A": self.data / "trainA", "B": self.data / "trainB"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +72,11 @@ class Training:
     device: str | None = None
     """cpu, cuda, cuda:1, mps; None: a GPU if there is one."""
     precision: Precision | None = None
-    """Autocast to bf16 or fp16, or none (fp32). None: bf16 on GPUs with tensor cores for it, fp16
-    on older ones, fp32 elsewhere."""
+    """Autocast dtype; None: bf16 on GPUs since Ampere, fp16 on older ones, fp32 elsewhere."""
+    engine: EngineName = "eager"
+    """Execute a step operation by operation, by torch.compile or as one CUDA graph."""
+    deterministic: bool = False
+    """The same bits on every run on the same GPU, at some cost in speed."""
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -94,7 +120,7 @@ class TrainConfig:
 
     preset: str | None = None
     """Settings to begin with; the flags below show its values and win over them."""
-    pictures: Pictures
+    pictures: Reading
     output: Output
     training: Training = dataclasses.field(default_factory=Training)
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
@@ -102,8 +128,13 @@ class TrainConfig:
     """Networks, losses and learning rates."""
 
 
+def pictures_class(recipe: type[Recipe]) -> type[Pictures] | type[DomainPictures]:
+    """Where `recipe` takes its pictures from."""
+    return DomainPictures if recipe.directions else Pictures
+
+
 def preset_config(
-    recipe: type[Recipe], preset: str | None, pictures: Pictures, output: Output
+    recipe: type[Recipe], preset: str | None, pictures: Reading, output: Output
 ) -> TrainConfig:
     """The config that `preset` (default: the recipe's first) stands for."""
     name = next(iter(recipe.presets)) if preset is None else preset
@@ -128,11 +159,12 @@ def config_from_json(recipe: type[Recipe], values: Any) -> TrainConfig:
     Raises:
         ValueError: a field is unknown (a newer fastgan wrote it), missing or of another type.
     """
-    if not isinstance(values, dict) or "recipe" not in values:
-        raise ValueError(f"config: expected an object with a recipe, got {values!r}")
-    networks = from_json(recipe.config_class, values["recipe"], "config.recipe")
+    if not isinstance(values, dict) or not {"recipe", "pictures"} <= set(values):
+        raise ValueError(f"config: expected an object with recipe and pictures, got {values!r}")
     return dataclasses.replace(
-        from_json(TrainConfig, {**values, "recipe": {}}, "config"), recipe=networks
+        from_json(TrainConfig, {**values, "recipe": {}, "pictures": {}}, "config"),
+        recipe=from_json(recipe.config_class, values["recipe"], "config.recipe"),
+        pictures=from_json(pictures_class(recipe), values["pictures"], "config.pictures"),
     )
 
 

@@ -99,12 +99,13 @@ class LossLedger:
         """The step that tripped, and its terms that were not finite. Waits for the device."""
         if not self.tripped.item():
             return None
-        return int(self._step), [
+        names = [
             f"{phase}/{name}"
             for phase, watched in self._losses.items()
             for name, value in zip(watched.names, watched.last.tolist(), strict=True)
             if not math.isfinite(value)
         ]
+        return int(self._step), names or ["sum"]  # finite terms can have an infinite sum
 
 
 class _Watched:

@@ -38,6 +38,8 @@ def engine_state(engine: EagerEngine, keys: Iterable[str]) -> dict[str, Any]:
 def restore_engine(engine: EagerEngine, keys: Iterable[str], state: dict[str, Any]) -> None:
     """Puts back what `engine_state` gave, each tensor in the memory layout of its parameter.
 
+    Comes before the engine's first step: a captured step would go on with the tensors it knows.
+
     Raises:
         ValueError: the networks of `state` are not those of the engine; names the difference.
     """

@@ -17,14 +17,14 @@ from torch import Tensor
 
 import fastgan
 from fastgan import checkpoint
-from fastgan.device import choose_device, choose_precision
+from fastgan.device import choose_device, choose_precision, use_deterministic_algorithms
 from fastgan.images import to_float
 from fastgan.recipes import Batch, Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.run_folder import RunFolder
 from fastgan.training.config import TrainConfig, changed_fields, config_from_json
 from fastgan.training.data import PictureStream
-from fastgan.training.engine import EagerEngine
+from fastgan.training.engines import make_engine
 from fastgan.training.guards import (
     StopSignals,
     TrainingError,
@@ -44,7 +44,8 @@ class Trainer:
     """Trains `recipe` as `config` says and leaves the result in ``config.output.out``.
 
     The constructor refuses what can be refused and makes the folder, no more; `train` does the
-    work. Both set the global random number generators.
+    work. Both set the global random number generators, and for ``training.deterministic`` the
+    constructor sets PyTorch's switches, for the rest of the process.
 
     Args:
         progress: show a progress bar on standard error.
@@ -76,14 +77,16 @@ class Trainer:
             strict=config.pictures.strict,
             pin_memory=self._device.type == "cuda",
         )
+        if training.deterministic:
+            use_deterministic_algorithms()
         _seed(training.seed)
         self.recipe = recipe(config.recipe)
         self._keys = tuple(self.recipe.state_dict())
         self.recipe.begin_training(config.augmentation.size)
         with memory_errors(self._memory_hint()):
             self.recipe.to(self._device).to(memory_format=torch.channels_last)
-            self._engine = EagerEngine(
-                self.recipe, self._device, self._precision, training.ema_decay
+            self._engine = make_engine(
+                training.engine, self.recipe, self._device, self._precision, training.ema_decay
             )
         self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
         """Updates in all."""
@@ -194,8 +197,8 @@ class Trainer:
     def _log(self, reporter: Reporter) -> None:
         self._stop_if_tripped()
         losses, others = self._engine.ledger.read()
-        for phase, optimizer in self._engine.optimizers.items():
-            others[f"lr/{phase}"] = float(optimizer.param_groups[0]["lr"])
+        for phase, rate in self._engine.learning_rates.items():
+            others[f"lr/{phase}"] = rate
         if self._engine.scaler.is_enabled():
             others["loss_scale"] = self._engine.scaler.get_scale()
             if others["loss_scale"] < _SMALLEST_SCALE:

@@ -1,0 +1,194 @@
+"""CycleGAN: unpaired translation held together by the way there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan.models.patchgan import PatchGAN
+from fastgan.models.resnet import ResnetGenerator
+from fastgan.ops.gan_loss import (
+    DiscriminatorStats,
+    discriminator_loss_with_stats,
+    generator_loss,
+)
+from fastgan.recipes.pool import ImagePool
+from fastgan.recipes.recipe import AdamSettings, Batch, Preset, RecipeConfig
+from fastgan.recipes.two_domains import TwoDomainRecipe, discriminator_metrics, judge
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleGANConfig(RecipeConfig):
+    """Networks, losses and learning rates of CycleGAN, by default those of its public code."""
+
+    width: int = 64
+    """Channels of the generators at full resolution."""
+    residual_blocks: int = 9
+    """Residual blocks of each generator."""
+    discriminator_width: int = 64
+    """Channels of the discriminators' first layer."""
+    discriminator_layers: int = 3
+    """Stride-2 layers of the discriminators; 3 judge patches of 70 pixels."""
+    pool_size: int = 50
+    """Earlier fakes of each domain kept for its discriminator; 0 shows it the newest only."""
+    gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "lsgan"
+    """Form of the adversarial losses."""
+
+    weight_adversarial: float = 1.0
+    """Weight of the generators' adversarial losses."""
+    weight_cycle: float = 10.0
+    """Weight of L1 between a picture and its translation to the other domain and back."""
+    weight_identity: float = 0.5
+    """Weight of L1 between a picture and its translation into its own domain, in units of
+    weight_cycle; 0 saves its computation."""
+
+    lr: float = 2e-4
+    """Learning rate of all networks."""
+    beta1: float = 0.5
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+    epochs: int = 100
+    """Epochs at the full learning rate."""
+    epochs_decay: int = 100
+    """Epochs after them in which it falls to 0, linearly."""
+
+
+@dataclasses.dataclass
+class _Translations:
+    """What a step's phases share; every value by domain."""
+
+    fakes: dict[str, Tensor]
+    """Pictures of the other domain, translated into this one."""
+    identities: dict[str, Tensor]
+    """Pictures of this domain, translated into this one; empty where they have no weight."""
+    stats: dict[str, DiscriminatorStats] = dataclasses.field(default_factory=dict)
+
+
+class CycleGAN(TwoDomainRecipe):
+    """Translates pictures of A into pictures of B and back, and minds that they come back the same.
+
+    The generators are updated first, then the discriminators, on fakes of this and of earlier
+    steps. Pictures that meet the same network meet it in one call: a generator makes a fake and an
+    identity picture, a discriminator judges real and fake pictures. As instance norm keeps the
+    pictures of a batch apart, that changes nothing but the number of calls, eight instead of
+    twelve.
+
+    Source: Zhu et al., "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
+    Networks", 2017.
+    """
+
+    name: ClassVar[str] = "cyclegan"
+    phases: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
+    config_class: ClassVar[type[RecipeConfig]] = CycleGANConfig
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "base": Preset(CycleGANConfig(), size=256, batch_size=1, resize=286),
+        "lite": Preset(
+            CycleGANConfig(width=24, residual_blocks=4, discriminator_width=24, lr=4e-4),
+            size=128,
+            batch_size=2,
+            resize=143,
+        ),
+    }
+
+    config: CycleGANConfig
+
+    def __init__(self, config: CycleGANConfig) -> None:
+        super().__init__(config)
+        self.generators = nn.ModuleDict(
+            {
+                direction: ResnetGenerator(config.width, config.residual_blocks)
+                for direction in self.directions
+            }
+        )
+        self.discriminators = nn.ModuleDict(
+            {
+                domain: PatchGAN(config.discriminator_width, config.discriminator_layers)
+                for domain in self.domains
+            }
+        )
+
+    def begin_training(self, size: int) -> None:
+        super().begin_training(size)
+        self.pools = nn.ModuleDict(
+            {domain: ImagePool(self.config.pool_size, (3, size, size)) for domain in self.domains}
+        )
+
+    def training_state(self) -> Mapping[str, Tensor]:
+        return {f"pools.{name}": value for name, value in self.pools.state_dict().items()}
+
+    def networks(self, phase: str) -> Sequence[nn.Module]:
+        return [self.generators if phase == "generator" else self.discriminators]
+
+    def optimizer(self, phase: str) -> AdamSettings:
+        return AdamSettings(lr=self.config.lr, betas=(self.config.beta1, self.config.beta2))
+
+    def lr_factor(self, phase: str, step: int, steps_per_epoch: int) -> float:
+        decays = max(0, step // steps_per_epoch + 1 - self.config.epochs)
+        return max(0.0, 1.0 - decays / (self.config.epochs_decay + 1))
+
+    def default_steps(self, steps_per_epoch: int) -> int:
+        return (self.config.epochs + self.config.epochs_decay) * steps_per_epoch
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        pools = cast(Mapping[str, ImagePool], self.pools)
+        return {f"pool_{domain}": pools[domain].draw(batch_size, generator) for domain in pools}
+
+    def begin_step(self, batch: Batch) -> _Translations:
+        a, b = batch["A"], batch["B"]
+        to_a, to_b = self.generators["BtoA"], self.generators["AtoB"]
+        if self.config.weight_identity == 0:
+            return _Translations(fakes={"A": to_a(b), "B": to_b(a)}, identities={})
+        fake_a, identity_a = to_a(torch.cat([b, a])).chunk(2)
+        fake_b, identity_b = to_b(torch.cat([a, b])).chunk(2)
+        return _Translations(
+            fakes={"A": fake_a, "B": fake_b}, identities={"A": identity_a, "B": identity_b}
+        )
+
+    def losses(self, phase: str, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
+        if phase == "generator":
+            return self._generator_losses(batch, scratch)
+        return self._discriminator_losses(batch, scratch)
+
+    def _generator_losses(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
+        config = self.config
+        terms: dict[str, Tensor] = {}
+        for domain, other in (self.domains, self.domains[::-1]):
+            picture = batch[domain]
+            logits = self.discriminators[domain](scratch.fakes[domain])
+            adversarial = generator_loss(logits, mode=config.gan_mode)
+            cycle = self.generators[f"{other}to{domain}"](scratch.fakes[other])
+            terms[f"adversarial_{domain}"] = config.weight_adversarial * adversarial
+            terms[f"cycle_{domain}"] = config.weight_cycle * F.l1_loss(cycle, picture)
+            if scratch.identities:
+                distance = F.l1_loss(scratch.identities[domain], picture)
+                weight = config.weight_cycle * config.weight_identity
+                terms[f"identity_{domain}"] = weight * distance
+        return terms
+
+    def _discriminator_losses(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
+        terms = {}
+        for domain in self.domains:
+            pooled = self.pools[domain](scratch.fakes[domain], batch[f"pool_{domain}"])
+            real, fake = judge(self.discriminators[domain], batch[domain], pooled)
+            loss, scratch.stats[domain] = discriminator_loss_with_stats(
+                real, fake, mode=self.config.gan_mode
+            )
+            terms[f"discriminator_{domain}"] = 0.5 * loss
+        return terms
+
+    def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
+        return discriminator_metrics(scratch.stats)
+
+    @property
+    def size_multiple(self) -> int:
+        return 4
+
+    def translate(self, pictures: Tensor, direction: str) -> Tensor:
+        translated: Tensor = self.generators[direction](pictures)
+        return translated

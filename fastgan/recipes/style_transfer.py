@@ -1,0 +1,303 @@
+"""Exemplar style transfer, unpaired: content pictures take on the style of style pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgan.models.discriminator import Discriminator, DiscriminatorConfig
+from fastgan.models.features import RandomFeatures, VGG19Features, grey
+from fastgan.models.style_transfer import BASE, LITE, StyleTransferConfig, StyleTransferGAN
+from fastgan.ops.gan_loss import (
+    DiscriminatorStats,
+    discriminator_loss_with_stats,
+    generator_loss,
+)
+from fastgan.ops.gram import content_loss, gram_matrix, style_loss
+from fastgan.ops.instance_norm import adain_style_loss, instance_norm, instance_stats
+from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig
+from fastgan.reference import widen
+
+
+@dataclasses.dataclass(frozen=True)
+class StyleTransferRecipeConfig(RecipeConfig):
+    """Networks, losses and learning rates of style transfer."""
+
+    width: int = LITE.width
+    """Channels of the generator at the picture's own resolution."""
+    encoder_blocks: int = LITE.encoder_blocks
+    """Residual blocks of the content encoder."""
+    decoder_blocks: int = LITE.decoder_blocks
+    """Residual blocks of the decoder."""
+    discriminator_width: int = 16
+    """Channels of the discriminator's first layer."""
+    discriminator_layers: int = 3
+    """Layers of stride 2 per scale of the discriminator."""
+    discriminator_scales: int = 2
+    """Scales the discriminator looks at."""
+
+    objective: Literal["default", "textbook"] = "default"
+    """textbook: content, style and adversarial loss alone, literally: content summed over feature
+    maps and divided by their number, absolute Gram loss, minimax cross-entropy. It decides all
+    options below but the extractor's, the layers and the weights of these three."""
+    extractor: Literal["random", "vgg19"] = "random"
+    """Whose features content and style are compared in."""
+    extractor_weights: str = ""
+    """File with torchvision's VGG19 weights (default: torch hub's cache)."""
+    extractor_levels: int = 4
+    """Scales of the random extractor."""
+    extractor_seed: int = 0
+    """Decides the filters of the random extractor."""
+    content_layers: tuple[int, ...] = (1, 2)
+    """Which of the extractor's maps the content loss compares, from 0."""
+    content_features: Literal["extractor", "encoder"] = "extractor"
+    """Where content is compared: in the extractor's maps, or in the encoder's against what AdaIN
+    gave the decoder."""
+    content_grey: bool = True
+    """Show the extractor grey pictures of one brightness and contrast, so that the content loss
+    leaves the colours to the style."""
+    content_reduction: Literal["mean", "channels"] = "mean"
+    """mean: squared error; channels: summed over feature maps and divided by their number."""
+    style_scale: Literal["absolute", "relative"] = "relative"
+    """relative: the Gram loss of each layer is divided by what black pictures would have."""
+    gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "bce"
+    """Form of the adversarial losses."""
+    saturating: bool = False
+    """bce: the generator minimises log(1 - D), which has small gradients where D is sure."""
+    label_smoothing: float = 0.0
+    """bce: what the discriminator's target for real pictures lacks to 1."""
+
+    weight_content: float = 1.0
+    """Weight of the content loss."""
+    weight_style: float = 10.0
+    """Weight of the Gram loss."""
+    weight_adversarial: float = 0.3
+    """Weight of the generator's adversarial loss; 0 also leaves the discriminator untrained."""
+    weight_reconstruction: float = 5.0
+    """Weight of L1 between a content picture and its own features, decoded."""
+    weight_identity: float = 0.0
+    """Weight of L1 between a style picture and itself in its own style."""
+    weight_statistics: float = 0.0
+    """Weight of AdaIN's style loss: means and deviations of the extractor's maps."""
+    weight_variation: float = 0.0
+    """Weight of the total variation: mean absolute difference between neighbouring pixels."""
+
+    lr: float = 1e-3
+    """Learning rate of the generator."""
+    lr_discriminator: float = 4e-4
+    """Learning rate of the discriminator."""
+    lr_decay: float = 0.0
+    """The rates are divided by 1 + lr_decay · step."""
+    beta1: float = 0.5
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+
+
+_TEXTBOOK: dict[str, Any] = {
+    "content_features": "extractor",
+    "content_grey": False,
+    "content_reduction": "channels",
+    "style_scale": "absolute",
+    "gan_mode": "bce",
+    "saturating": True,
+    "label_smoothing": 0.0,
+    "weight_reconstruction": 0.0,
+    "weight_identity": 0.0,
+    "weight_statistics": 0.0,
+    "weight_variation": 0.0,
+}
+
+
+@dataclasses.dataclass
+class Scratch:
+    """What a step's phases share."""
+
+    fake: Tensor
+    stats: DiscriminatorStats | None = None
+
+
+class StyleTransfer(Recipe):
+    """Renders content pictures in the style of any style picture.
+
+    The discriminator learns to tell style pictures from results; the generator minimises content,
+    style and adversarial losses and what else has a weight.
+    """
+
+    name = "style_transfer"
+    domains = ("content", "style")
+    phases = ("discriminator", "generator")
+    config_class = StyleTransferRecipeConfig
+    presets: ClassVar = {
+        "lite": Preset(StyleTransferRecipeConfig(), size=128, batch_size=4, resize=256),
+        "base": Preset(
+            StyleTransferRecipeConfig(
+                width=BASE.width,
+                encoder_blocks=BASE.encoder_blocks,
+                decoder_blocks=BASE.decoder_blocks,
+                discriminator_width=64,
+                discriminator_scales=3,
+                lr=2e-4,
+                lr_discriminator=2e-4,
+                lr_decay=5e-5,
+            ),
+            size=256,
+            batch_size=8,
+            resize=512,
+        ),
+    }
+    config: StyleTransferRecipeConfig
+
+    def __init__(self, config: StyleTransferRecipeConfig) -> None:
+        super().__init__(config)
+        self.generator = StyleTransferGAN(
+            StyleTransferConfig(
+                width=config.width,
+                encoder_blocks=config.encoder_blocks,
+                decoder_blocks=config.decoder_blocks,
+            )
+        )
+        self.discriminator = Discriminator(
+            DiscriminatorConfig(
+                width=config.discriminator_width,
+                layers=config.discriminator_layers,
+                scales=config.discriminator_scales,
+            )
+        )
+        textbook = config.objective == "textbook"
+        self._goal = dataclasses.replace(config, **_TEXTBOOK) if textbook else config
+
+    def begin_training(self, size: int) -> None:
+        config = self.config
+        self.extractor: nn.Module
+        if config.extractor == "vgg19":
+            self.extractor = VGG19Features(weights=config.extractor_weights or None)
+        else:
+            self.extractor = RandomFeatures(
+                levels=config.extractor_levels, seed=config.extractor_seed
+            )
+
+    def networks(self, phase: str) -> Sequence[nn.Module]:
+        return [self.get_submodule(phase)]
+
+    def optimizer(self, phase: str) -> AdamSettings:
+        config = self.config
+        lr = config.lr if phase == "generator" else config.lr_discriminator
+        return AdamSettings(lr=lr, betas=(config.beta1, config.beta2))
+
+    def lr_factor(self, phase: str, step: int, steps_per_epoch: int) -> float:
+        return 1 / (1 + self.config.lr_decay * step)
+
+    def default_steps(self, steps_per_epoch: int) -> int:
+        return 10_000
+
+    def begin_step(self, batch: Batch) -> Scratch:
+        return Scratch(fake=self.generator(batch["content"], batch["style"]))
+
+    def losses(self, phase: str, batch: Batch, scratch: Scratch) -> dict[str, Tensor]:
+        content, style, fake = batch["content"], batch["style"], scratch.fake
+        goal = self._goal
+        if phase == "discriminator":
+            loss, scratch.stats = discriminator_loss_with_stats(
+                self.discriminator(style),
+                self.discriminator(fake.detach()),
+                mode=goal.gan_mode,
+                label_smoothing=goal.label_smoothing,
+            )
+            return {"discriminator": loss}
+        features = self.extractor(fake)
+        with torch.no_grad():
+            style_features = self.extractor(style)
+        terms = {
+            "content": goal.weight_content * self._content_loss(content, fake, features),
+            "style": goal.weight_style * self._style_loss(features, style_features),
+            "adversarial": goal.weight_adversarial
+            * generator_loss(
+                self.discriminator(fake), mode=goal.gan_mode, saturating=goal.saturating
+            ),
+        }
+        if goal.weight_reconstruction > 0:
+            corner = _corner(content)
+            decoded = self.generator.decoder(self.generator.content_encoder(corner))
+            terms["reconstruction"] = goal.weight_reconstruction * _l1(decoded, corner)
+        if goal.weight_identity > 0:
+            corner = _corner(style)
+            identity = _l1(self.generator(corner, corner), corner)
+            terms["identity"] = goal.weight_identity * identity
+        if goal.weight_statistics > 0:
+            statistics = adain_style_loss(features, [instance_stats(f) for f in style_features])
+            terms["statistics"] = goal.weight_statistics * statistics
+        if goal.weight_variation > 0:
+            terms["variation"] = goal.weight_variation * _total_variation(fake)
+        return terms
+
+    def _content_loss(self, content: Tensor, fake: Tensor, features: list[Tensor]) -> Tensor:
+        goal = self._goal
+        if goal.content_features == "encoder":
+            encode = self.generator.content_encoder
+            with torch.no_grad():
+                target = instance_norm(encode(content))
+            return content_loss(
+                instance_norm(encode(fake)), target, reduction=goal.content_reduction
+            )
+        if goal.content_grey:
+            content, features = grey(content), self.extractor(grey(fake))
+        with torch.no_grad():
+            targets = self.extractor(content)
+        return content_loss(
+            [features[layer] for layer in goal.content_layers],
+            [targets[layer] for layer in goal.content_layers],
+            reduction=goal.content_reduction,
+        )
+
+    def _style_loss(self, features: list[Tensor], style_features: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            grams = [gram_matrix(f) for f in style_features]
+        if self._goal.style_scale == "absolute":
+            return style_loss(features, grams)
+        # of black pictures: the loss against Gram matrices of zeros
+        scales = [gram.square().sum() / (4 * gram.shape[0]) for gram in grams]
+        losses = [style_loss(f, g) / s for f, g, s in zip(features, grams, scales, strict=True)]
+        return torch.stack(losses).sum()
+
+    def metrics(self, batch: Batch, scratch: Scratch) -> dict[str, Tensor]:
+        assert scratch.stats is not None
+        return {f"discriminator/{k}": v for k, v in scratch.stats._asdict().items()}
+
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        content, style = batch["content"], batch["style"]
+        return {"content": content, "style": style, "result": self.generator(content, style)}
+
+    def stylize(
+        self,
+        content: Tensor,
+        style: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        direction: str | None = None,
+    ) -> Tensor:
+        if style is None:
+            raise ValueError("style: style_transfer needs a style picture")
+        result: Tensor = self.generator(content, style, alpha)
+        return result
+
+
+def _corner(images: Tensor) -> Tensor:
+    """The upper left quarter: as good to learn reconstruction from, at a quarter of the cost."""
+    return images[..., : (images.shape[2] + 1) // 2, : (images.shape[3] + 1) // 2]
+
+
+def _l1(images: Tensor, targets: Tensor) -> Tensor:
+    height, width = targets.shape[2:]  # a decoder gives multiples of 4
+    return (widen(images[..., :height, :width]) - widen(targets)).abs().mean()
+
+
+def _total_variation(images: Tensor) -> Tensor:
+    images = widen(images)
+    down = images[..., 1:, :] - images[..., :-1, :]
+    right = images[..., 1:] - images[..., :-1]
+    return down.abs().mean() + right.abs().mean()

@@ -1,0 +1,91 @@
+"""What recipes that translate between two sets of pictures, unpaired, have in common."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan.ops.gan_loss import DiscriminatorStats
+from fastgan.recipes.recipe import Batch, Recipe
+
+
+class TwoDomainRecipe(Recipe):
+    """A recipe that learns to translate pictures of A into pictures of B and back."""
+
+    domains: ClassVar[tuple[str, str]] = ("A", "B")
+    directions: ClassVar[tuple[str, ...]] = ("AtoB", "BtoA")
+
+    def begin_training(self, size: int) -> None:
+        if size % self.size_multiple:
+            raise ValueError(
+                f"size: {self.name} needs a multiple of {self.size_multiple}, got {size}"
+            )
+
+    @property
+    @abc.abstractmethod
+    def size_multiple(self) -> int:
+        """`translate` takes heights and widths that are multiples of this, at least two of it."""
+
+    @abc.abstractmethod
+    def translate(self, pictures: Tensor, direction: str) -> Tensor:
+        """Pictures [B,3,H,W] of one domain as pictures of the other."""
+
+    def samples(self, batch: Batch) -> dict[str, Tensor]:
+        a, b = batch["A"], batch["B"]
+        fake_b, fake_a = self.translate(a, "AtoB"), self.translate(b, "BtoA")
+        return {
+            "A": a,
+            "A to B": fake_b,
+            "A to B to A": self.translate(fake_b, "BtoA"),
+            "B": b,
+            "B to A": fake_a,
+            "B to A to B": self.translate(fake_a, "AtoB"),
+        }
+
+    def stylize(
+        self,
+        content: Tensor,
+        style: Tensor | None = None,
+        *,
+        alpha: float = 1.0,
+        direction: str | None = None,
+    ) -> Tensor:
+        if direction not in self.directions:
+            known = " or ".join(self.directions)
+            raise ValueError(f"direction: {self.name} needs {known}, got {direction!r}")
+        if style is not None:
+            raise ValueError(f"style: {self.name} takes none, its direction decides")
+        if alpha != 1.0:
+            raise ValueError(f"alpha: {self.name} has no strength to set, got {alpha}")
+        height, width = content.shape[2:]
+        to_bottom, to_right = (self._missing(side) for side in (height, width))
+        padded = F.pad(content, (0, to_right, 0, to_bottom), mode="replicate")
+        return self.translate(padded, direction)[:, :, :height, :width]
+
+    def _missing(self, side: int) -> int:
+        """Pixels from `side` to the next size that `translate` takes."""
+        return max(-side % self.size_multiple, 2 * self.size_multiple - side)
+
+
+def judge(
+    discriminator: nn.Module, real: Tensor, fake: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits on real and on fake pictures, by scale, from one call of the discriminator."""
+    logits: Tensor | Sequence[Tensor] = discriminator(torch.cat([real, fake]))
+    scales = [logits] if isinstance(logits, Tensor) else logits
+    halves = [scale.split([len(real), len(fake)]) for scale in scales]
+    return [scale[0] for scale in halves], [scale[1] for scale in halves]
+
+
+def discriminator_metrics(stats: Mapping[str, DiscriminatorStats]) -> dict[str, Tensor]:
+    """Statistics by domain as a recipe's metrics."""
+    return {
+        f"discriminator_{domain}/{name}": value
+        for domain, of_domain in stats.items()
+        for name, value in of_domain._asdict().items()
+    }

@@ -1,0 +1,383 @@
+"""The engines do the same step: operation by operation, compiled, captured and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dummy_recipe import Dummy, DummyConfig
+from fastgan.device import use_deterministic_algorithms
+from fastgan.recipes import RECIPES, Batch, Recipe, RecipeConfig
+from fastgan.recipes.style_transfer import StyleTransfer
+from fastgan.training import Trainer, preset_config
+from fastgan.training.config import Output
+from fastgan.training.engine import EagerEngine
+from fastgan.training.engines import CompileEngine, CudaGraph, GraphEngine, make_engine
+from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
+from pictures import write_pictures
+from recorded_graph import RecordedGraph, SyncWatch
+from tiny import TWO_DOMAIN_RECIPES, tiny_config
+
+CPU = torch.device("cpu")
+SIZE = 32
+
+
+CONFIGS: dict[type[Recipe], RecipeConfig] = {
+    Dummy: Dummy.presets["small"].config,
+    StyleTransfer: dataclasses.replace(StyleTransfer.presets["lite"].config, width=8),
+    **{recipe: tiny_config(recipe) for recipe in TWO_DOMAIN_RECIPES},
+}
+every_recipe = pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
+
+
+def build(recipe: type[Recipe] = Dummy, device: torch.device = CPU, **config: Any) -> Recipe:
+    """A small recipe with the weights of seed 0."""
+    torch.manual_seed(0)
+    built = recipe(dataclasses.replace(CONFIGS.get(recipe, DummyConfig()), **config))
+    built.begin_training(size=SIZE)
+    return built.to(device).to(memory_format=torch.channels_last)
+
+
+def batch_of(recipe: Recipe, step: int, device: torch.device = CPU) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    pictures = {
+        domain: torch.rand(2, 3, SIZE, SIZE, generator=generator)
+        .mul(2)
+        .sub(1)
+        .contiguous(memory_format=torch.channels_last)
+        for domain in recipe.domains
+    }
+    batch = {**pictures, **recipe.draw(step, 2, generator)}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def train(engine: EagerEngine, steps: range, device: torch.device = CPU) -> None:
+    for step in steps:
+        engine.step(batch_of(engine.recipe, step, device), step, steps_per_epoch=5)
+
+
+def everything(engine: EagerEngine, device: torch.device = CPU) -> dict[str, Any]:
+    """All that a checkpoint would hold, and what would be logged."""
+    state = engine_state(engine, engine.recipe.state_dict())
+    return {**state, "rng": rng_state(device), "logged": engine.ledger.read()}
+
+
+def assert_same_bits(actual: Any, expected: Any, path: str = "") -> None:
+    if isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys(), path
+        for key, value in expected.items():
+            assert_same_bits(actual[key], value, f"{path}/{key}")
+    elif isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=path)
+    else:
+        assert str(actual) == str(expected), path
+
+
+def test_no_recipe_is_left_out() -> None:
+    assert {recipe for recipe in RECIPES.values() if "fastgan" in recipe.__module__} < set(CONFIGS)
+
+
+# --- Captured and replayed ----------------------------------------------------------------------
+
+
+class CountsItself(Dummy):
+    """Weighs a loss by a number that the host keeps, which a captured step cannot know."""
+
+    steps = 0
+
+    def losses(self, phase: str, batch: Batch, scratch: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        terms = super().losses(phase, batch, scratch)
+        return {name: term * self.steps for name, term in terms.items()}
+
+
+class Waits(Dummy):
+    """Looks at a value on the device."""
+
+    def losses(self, phase: str, batch: Batch, scratch: Tensor) -> dict[str, Tensor]:
+        weight = 0.5 if scratch.mean().item() > 0 else 0.6
+        terms = super().losses(phase, batch, scratch)
+        return {name: weight * term for name, term in terms.items()}
+
+
+def eager_and_graph(
+    recipe: type[Recipe] = Dummy, precision: Any = "fp32", steps: int = 14, **config: Any
+) -> tuple[dict[str, Any], dict[str, Any], RecordedGraph]:
+    graph = RecordedGraph()
+    eager = EagerEngine(build(recipe, **config), CPU, precision, 0.9)
+    train(eager, range(steps))
+    expected = everything(eager)
+    captured = GraphEngine(build(recipe, **config), CPU, precision, 0.9, graph)
+    train(captured, range(steps))
+    return everything(captured), expected, graph
+
+
+class TestGraph:
+    """With an object in place of the CUDA graph that records operations and does them again."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+    def test_equals_eager_to_the_bit(self, precision: str) -> None:
+        """Over learning rate schedule, average's start, image pool, dropout and loss scale."""
+        graph, eager, recorded = eager_and_graph(precision=precision)
+        assert recorded.replays == 14 - 3
+        assert_same_bits(graph, eager)
+
+    @every_recipe
+    def test_equals_eager_to_the_bit_in_every_recipe(self, recipe: type[Recipe]) -> None:
+        graph, eager, _ = eager_and_graph(recipe)
+        assert_same_bits(graph, eager)
+
+    @pytest.mark.parametrize("fault", ["loss", "gradient"])
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_a_fault_is_met_alike(self, fault: str, precision: str) -> None:
+        graph, eager, _ = eager_and_graph(
+            precision=precision, fault=fault, fault_step=8, fault_steps=2
+        )
+        assert_same_bits(graph, eager)
+
+    def test_the_bad_step_is_known(self) -> None:
+        engine = GraphEngine(build(fault="loss", fault_step=8), CPU, "fp32", 0.9, RecordedGraph())
+        train(engine, range(12))
+        assert engine.ledger.bad() == (8, ["generator/content"])
+
+    def test_numbers_of_the_host_are_baked_in(self) -> None:
+        """What these tests rely on: a step that depends on the host does differ."""
+        graph, eager, _ = eager_and_graph(CountsItself)
+        weight = "generator.0.weight"
+        assert not torch.equal(graph["networks"][weight], eager["networks"][weight])
+
+    def test_a_step_that_waits_is_left_to_the_eager_engine(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING, "fastgan"):
+            graph, eager, recorded = eager_and_graph(Waits)
+        assert_same_bits(graph, eager)
+        assert recorded.replays == 0
+        assert [record.getMessage() for record in caplog.records] == [
+            "engine graph: the step cannot be captured (aten::_local_scalar_dense waits for the "
+            "device): using eager"
+        ]
+
+    @pytest.mark.parametrize("first", ["eager", "graph"])
+    @pytest.mark.parametrize("then", ["eager", "graph"])
+    def test_resume_in_either_engine(self, first: str, then: str) -> None:
+        def engine(name: str) -> EagerEngine:
+            if name == "eager":
+                return EagerEngine(build(), CPU, "fp16", 0.9)
+            return GraphEngine(build(), CPU, "fp16", 0.9, RecordedGraph())
+
+        whole = engine("eager")
+        train(whole, range(15))
+        expected = everything(whole)
+        begun = engine(first)
+        train(begun, range(7))
+        state = everything(begun)
+        resumed = engine(then)
+        restore_engine(resumed, resumed.recipe.state_dict(), state)
+        restore_rng(state["rng"], CPU)
+        train(resumed, range(7, 15))
+        actual = everything(resumed)
+        del actual["logged"], expected["logged"]  # sums since the start and since the resume
+        assert_same_bits(actual, expected)
+
+    @pytest.mark.parametrize("change", ["shape", "dtype"])
+    def test_another_batch_is_refused(self, change: str) -> None:
+        engine = GraphEngine(build(), CPU, "fp32", 0.9, RecordedGraph())
+        train(engine, range(5))
+        batch = batch_of(engine.recipe, 5)
+        content = batch["content"]
+        batch["content"] = content[:1] if change == "shape" else content.double()
+        with pytest.raises(ValueError, match=r"batch\['content'\] must be torch.float32 \[2, 3, "):
+            engine.step(batch, 5, 5)
+
+    def test_needs_a_gpu(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING, "fastgan"):
+            engine = make_engine("graph", build(), CPU, "fp32", 0.9)
+        assert type(engine) is EagerEngine
+        assert caplog.messages == ["engine graph needs a CUDA device and this is cpu: using eager"]
+
+
+# --- Compiled -----------------------------------------------------------------------------------
+
+
+def first_gradients(engine: EagerEngine) -> dict[str, Tensor]:
+    """Adam's first moment after one step is (1 - beta1) times the gradient."""
+    train(engine, range(1))
+    return {
+        f"{phase}/{name}": optimizer.state[parameter]["exp_avg"]
+        for phase, optimizer in engine.optimizers.items()
+        for name, parameter in engine.parameters[phase].items()
+    }
+
+
+@pytest.mark.slow
+def test_compiled_step_agrees_with_eager(caplog: pytest.LogCaptureFixture) -> None:
+    engines = []
+    for kind in (EagerEngine, CompileEngine):
+        recipe = build()
+        recipe.generator[3].p = 0.0  # compiled dropout draws other numbers
+        engines.append(kind(recipe, CPU, "fp32", 0.9))
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        expected, actual = map(first_gradients, engines)
+    assert "engine compile" not in caplog.text  # nothing was left to the eager engine
+    (terms, _), (compiled_terms, _) = (engine.ledger.read() for engine in engines)
+    assert compiled_terms == pytest.approx(terms, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_without_a_compiler_steps_are_eager(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch._inductor.config as inductor
+
+    torch.compiler.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    eager = EagerEngine(build(), CPU, "fp32", 0.9)
+    train(eager, range(2))
+    expected = everything(eager)
+    engine = make_engine("compile", build(), CPU, "fp32", 0.9)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        train(engine, range(2))
+    assert_same_bits(everything(engine), expected)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("fastgan")]
+    for name, message in zip(("begin_step", "losses"), said, strict=True):
+        assert message.startswith(f"engine compile: {name} is not compiled: ")
+        assert "no-such-compiler" in message
+
+
+# --- What every step promises -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@every_recipe
+def test_a_step_does_not_wait_for_the_device(recipe: type[Recipe], precision: Any) -> None:
+    engine = EagerEngine(build(recipe), CPU, precision, 0.9)
+    batches = [batch_of(engine.recipe, step) for step in range(2)]
+    engine.step(batches[0], 0, 5)
+    with SyncWatch() as watch:
+        engine.step(batches[1], 1, 5)
+        assert watch.waits == []
+        torch.ones(()).item()
+        assert watch.waits == ["aten::_local_scalar_dense"]
+
+
+# --- On a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+    use_deterministic_algorithms()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@every_recipe
+def test_cuda_graph_equals_eager_to_the_bit(
+    recipe: type[Recipe], precision: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cuda")
+    eager = make_engine("eager", build(recipe, device), device, precision, 0.9)
+    train(eager, range(14), device)
+    expected = everything(eager, device)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        graph = make_engine("graph", build(recipe, device), device, precision, 0.9)
+        train(graph, range(14), device)
+    assert not caplog.records
+    assert_same_bits(everything(graph, device), expected)
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    engine = make_engine("graph", build(Waits, device), device, "fp32", 0.9)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        train(engine, range(6), device)
+    assert len(caplog.records) == 1
+    assert "test_engines.py" in caplog.text
+    assert "waits for the device" in caplog.text
+
+
+@pytest.mark.gpu
+def test_cuda_graph_leaves_no_trace_until_replayed() -> None:
+    values = torch.zeros(4, device="cuda")
+    graph = CudaGraph(values.device)
+
+    def work() -> None:
+        values.add_(torch.rand_like(values) + 1)
+
+    assert graph.rehearse(work) is None
+    before = values.clone()
+    graph.capture(work)
+    assert torch.equal(values, before)
+    graph.replay()
+    once = values.clone()
+    graph.replay()
+    assert (once > before).all()
+    assert not torch.equal(values - once, once - before)  # drawn anew
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resume_in_a_cuda_graph(tmp_path: Path, precision: Any) -> None:
+    """Eager in one go, in graphs with a break between: the same checkpoint."""
+    from fastgan import checkpoint
+
+    pictures = write_pictures(tmp_path)
+
+    def run(name: str, engine: Any, steps: int, resume: bool = False) -> Any:
+        output = Output(tmp_path / name, checkpoint_every=6, log_every=4, resume=resume)
+        config = preset_config(Dummy, None, pictures, output)
+        training = dataclasses.replace(
+            config.training, steps=steps, engine=engine, precision=precision, deterministic=True
+        )
+        Trainer(Dummy, dataclasses.replace(config, training=training)).train()
+        return checkpoint.load(tmp_path / name / "latest.safetensors")
+
+    expected = run("eager", "eager", 20)
+    run("graph", "graph", 9)
+    actual = run("graph", "graph", 20, resume=True)
+    for state in (actual, expected):
+        del state["config"]
+    assert_same_bits(actual, expected)
+
+
+# --- The switch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_the_trainer_takes_engine_and_determinism(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.use_deterministic_algorithms(False)
+    config = preset_config(
+        Dummy, None, write_pictures(tmp_path), Output(tmp_path / "run", checkpoint_every=2)
+    )
+    training = dataclasses.replace(
+        config.training, steps=2, device="cpu", engine="graph", deterministic=True
+    )
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        Trainer(Dummy, dataclasses.replace(config, training=training)).train()
+    assert "engine graph needs a CUDA device" in caplog.text
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic

@@ -1,0 +1,138 @@
+"""ResnetGenerator: weights of the public CycleGAN code give the same pictures."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgan.models import ResnetGenerator, load_cyclegan_generator
+
+
+class PublicBlock(nn.Module):
+    def __init__(self, channels: int, dropout: bool) -> None:
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+            nn.ReLU(True),
+            *([nn.Dropout(0.5)] if dropout else []),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class PublicGenerator(nn.Module):
+    """Its layers have the names that the public code gives them."""
+
+    def __init__(self, width: int, blocks: int, dropout: bool = False) -> None:
+        super().__init__()
+        layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7)]
+        for i in (1, 2):
+            layers += [nn.InstanceNorm2d(width * i), nn.ReLU(True)]
+            layers += [nn.Conv2d(width * i, 2 * width * i, 3, stride=2, padding=1)]
+        layers += [nn.InstanceNorm2d(4 * width), nn.ReLU(True)]
+        layers += [PublicBlock(4 * width, dropout) for _ in range(blocks)]
+        for i in (4, 2):
+            layers += [
+                nn.ConvTranspose2d(width * i, width * i // 2, 3, 2, padding=1, output_padding=1)
+            ]
+            layers += [nn.InstanceNorm2d(width * i // 2), nn.ReLU(True)]
+        self.model = nn.Sequential(
+            *layers, nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def as_it_is(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return state
+
+
+def from_data_parallel(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+def with_running_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        **state,
+        "model.2.running_mean": torch.randn(6),
+        "model.2.running_var": torch.rand(6),
+        "model.2.num_batches_tracked": torch.tensor(7),
+        "model.10.conv_block.2.running_mean": torch.randn(24),
+    }
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("change", [as_it_is, from_data_parallel, with_running_statistics])
+@pytest.mark.parametrize("blocks", [2, 6])
+def test_the_same_pictures(
+    blocks: int, change: Callable[..., dict[str, Tensor]], dropout: bool, tmp_path: Path
+) -> None:
+    public = PublicGenerator(6, blocks, dropout).eval()
+    path = tmp_path / "latest_net_G_A.pth"
+    torch.save(change(public.state_dict()), path)
+    generator = load_cyclegan_generator(path)
+    assert len(generator.blocks) == blocks
+    pictures = torch.rand(2, 3, 24, 36, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            generator.double()(pictures), public.double()(pictures), rtol=1e-9, atol=1e-9
+        )
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+def test_what_is_no_generator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pth"
+    state = PublicGenerator(4, 2).state_dict()
+
+    def refused(content: object, complaint: str) -> None:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=complaint) as caught:
+            load_cyclegan_generator(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+
+    refused([1, 2], "no state dict, but list")
+    refused({"epoch": 3}, "no state dict, but dict")
+    refused({}, "no resnet generator")
+    refused({**state, "model.30.weight": torch.ones(1)}, r"unknown entry model\.30\.weight")
+    refused(torch.nn.Conv2d(3, 4, 3).state_dict(), "unknown entry weight")
+    del state["model.12.weight"]
+    refused(state, r"Missing key.* \"up1\.weight\"")
+    refused(PublicGenerator(4, 2).double().requires_grad_(False), "read safely")
+    refused(_Payload(), "read safely")
+    path.write_bytes(pickle.dumps(_Payload(), protocol=2))
+    with pytest.raises(ValueError, match="read safely"):
+        load_cyclegan_generator(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="read safely"):
+        load_cyclegan_generator(path)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(FileNotFoundError):
+        load_cyclegan_generator(tmp_path / "nowhere.pth")
+
+
+def test_size_and_range() -> None:
+    generator = ResnetGenerator(4, 1)
+    for size in ((8, 8), (8, 20), (32, 24)):
+        pictures = generator(torch.rand(1, 3, *size) * 2 - 1)
+        assert pictures.shape == (1, 3, *size)
+        assert pictures.abs().max() <= 1

@@ -1,0 +1,179 @@
+"""Recipes that translate between two sets of pictures: what is the same for each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgan import cli
+from fastgan.images import load_image, to_float, to_uint8
+from fastgan.inference import load_recipe, stylize
+from fastgan.recipes.two_domains import TwoDomainRecipe
+from fastgan.run_folder import RunFolder
+from fastgan.training import Trainer, preset_config
+from fastgan.training.config import DomainPictures, Output
+from tiny import TWO_DOMAIN_RECIPES, tiny_config, tiny_flags
+
+EVERY = [pytest.param(recipe, id=recipe.name) for recipe in TWO_DOMAIN_RECIPES]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trainA: photographs of nothing in reds; trainB: stripes in blues."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for domain, channel in (("trainA", 0), ("trainB", 2)):
+        (root / domain).mkdir()
+        for number in range(3):
+            pixels = rng.integers(0, 60, (40 + number, 44, 3))
+            pixels[..., channel] += 180
+            Image.fromarray(pixels.astype(np.uint8)).save(root / domain / f"{number}.png")
+    return root
+
+
+def train(recipe: str, data: Path, out: Path, *more: str) -> int:
+    return cli.main(
+        [
+            "train", recipe, "--data", str(data), "--out", str(out), "--steps", "2",
+            "--workers", "0", *tiny_flags(recipe), *more,
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("size", [(16, 24), (1, 1), (9, 13), (2, 40)])
+def test_pictures_keep_their_size(kind: type[TwoDomainRecipe], size: tuple[int, int]) -> None:
+    recipe = kind(tiny_config(kind)).eval()
+    pictures = torch.rand(2, 3, *size) * 2 - 1
+    with torch.no_grad():
+        for direction in recipe.directions:
+            result = recipe.stylize(pictures, direction=direction)
+            assert result.shape == pictures.shape
+            assert result.abs().max() <= 1
+            if size == (16, 24):
+                assert torch.equal(result, recipe.translate(pictures, direction))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_directions_are_two_networks(kind: type[TwoDomainRecipe]) -> None:
+    recipe = kind(tiny_config(kind)).eval()
+    a, b = torch.rand(2, 1, 3, 16, 16)
+    with torch.no_grad():
+        columns = recipe.samples({"A": a, "B": b})
+        assert torch.equal(columns["A to B"], recipe.stylize(a, direction="AtoB"))
+        assert torch.equal(columns["B to A"], recipe.stylize(b, direction="BtoA"))
+        there = recipe.stylize(a, direction="AtoB")
+        assert torch.equal(columns["A to B to A"], recipe.stylize(there, direction="BtoA"))
+        assert not torch.equal(there, recipe.stylize(a, direction="BtoA"))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_stylize_says_what_is_missing_or_too_much(kind: type[TwoDomainRecipe]) -> None:
+    recipe, picture = kind(tiny_config(kind)), torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"direction: .* needs AtoB or BtoA, got None"):
+        recipe.stylize(picture)
+    with pytest.raises(ValueError, match=r"direction: .* needs AtoB or BtoA, got 'A'"):
+        recipe.stylize(picture, direction="A")
+    with pytest.raises(ValueError, match=r"style: .* takes none"):
+        recipe.stylize(picture, picture, direction="AtoB")
+    with pytest.raises(ValueError, match=r"alpha: .* has no strength to set, got 0.5"):
+        recipe.stylize(picture, alpha=0.5, direction="AtoB")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_command_line(
+    kind: type[TwoDomainRecipe], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.png"
+    assert train(kind.name, data, run) == 0
+    assert "--direction AtoB" in capsys.readouterr().out
+    photo = data / "trainA" / "1.png"
+    command = ["stylize", "--checkpoint", str(run), "--content", str(photo), "--out", str(out)]
+    assert cli.main([*command, "--direction", "BtoA"]) == 0
+    recipe = load_recipe(run)
+    with torch.no_grad():
+        expected = recipe.stylize(to_float(load_image(photo)[None]), direction="BtoA")
+    assert torch.equal(load_image(out), to_uint8(expected)[0])
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert "needs AtoB or BtoA, got None" in capsys.readouterr().err
+    assert cli.main([*command, "--direction", "AtoB", "--style", str(photo)]) == 2
+    assert "takes none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_arguments_that_do_not_serve(
+    kind: type[TwoDomainRecipe], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trainA").mkdir()
+    for where, more, complaint in (
+        (tmp_path / "nowhere", [], "nowhere/trainA"),
+        (tmp_path, [], "trainB"),
+        (data, ["--size", "30"], f"size: {kind.name} needs a multiple of 4, got 30"),
+        (data, ["--content", str(data)], "--content"),
+    ):
+        assert train(kind.name, where, tmp_path / "run", *more) == 2
+        assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_resume_takes_the_settings_of_the_run(
+    kind: type[TwoDomainRecipe], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(kind.name, data, tmp_path, "--weight-cycle", "7.5") == 0
+    assert cli.main(["train", kind.name, "--out", str(tmp_path), "--resume", "--steps", "3"]) == 0
+    held = json.loads(RunFolder(tmp_path).settings.read_text())["config"]
+    assert held["recipe"]["weight_cycle"] == 7.5
+    assert held["pictures"]["data"] == str(data)
+    assert "other settings" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_autocast_leaves_losses_in_fp32(kind: type[TwoDomainRecipe]) -> None:
+    recipe = kind(tiny_config(kind))
+    recipe.begin_training(32)
+    recipe.to(memory_format=torch.channels_last)
+    batch = {domain: torch.rand(2, 3, 32, 32) * 2 - 1 for domain in recipe.domains}
+    batch |= recipe.draw(0, 2, torch.Generator())
+    values: dict[torch.dtype | None, dict[str, float]] = {}
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            scratch = recipe.begin_step(batch)
+            terms = {
+                f"{phase}/{name}": term
+                for phase in recipe.phases
+                for name, term in recipe.losses(phase, batch, scratch).items()
+            }
+        assert all(term.dtype == torch.float32 for term in terms.values())
+        values[dtype] = {name: term.item() for name, term in terms.items()}
+    assert values[torch.bfloat16] == pytest.approx(values[None], rel=0.05)
+    assert values[torch.bfloat16] != values[None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EVERY)
+def test_losses_fall(kind: type[TwoDomainRecipe], data: Path, tmp_path: Path) -> None:
+    config = preset_config(
+        kind, "lite", DomainPictures(data, workers=0), Output(tmp_path, log_every=10)
+    )
+    config = dataclasses.replace(
+        config,
+        recipe=dataclasses.replace(tiny_config(kind), lr=2e-3),
+        training=dataclasses.replace(config.training, steps=60, batch_size=2),
+        augmentation=dataclasses.replace(config.augmentation, size=32, resize=None),
+    )
+    Trainer(kind, config).train()
+    logged = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    for term in ("generator/cycle_A", "generator/cycle_B"):
+        assert logged[-1][term] < 0.6 * logged[0][term]
+    photo, out = data / "trainA" / "0.png", tmp_path / "out.png"
+    stylize(tmp_path, photo, None, out, direction="AtoB")
+    red, _, blue = load_image(out).float().mean((1, 2))
+    assert blue > red  # the reds of A have become the blues of B
