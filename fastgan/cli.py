@@ -198,6 +198,45 @@ def _stylize(arguments: list[str]) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _DemoFlags:
+    """Train a small model on pictures that come along and show what it does."""
+
+    out: Path = Path("demo")
+    """Folder for the pictures, the run and its checkpoint; a demo it holds is replaced."""
+    steps: int = 700
+    """Training steps."""
+    seed: int = 0
+    """Decides the initial weights and the crops."""
+
+
+def _demo(arguments: list[str]) -> int:
+    import tyro
+
+    from fastgan.demo import run_demo
+
+    flags = tyro.cli(_DemoFlags, prog="fastgan demo", args=arguments)
+    _log_to_stderr()
+    with _training_errors(), _argument_errors():
+        demo = run_demo(flags.out, steps=flags.steps, seed=flags.seed, progress=True)
+    for name, scores in demo.scores.items():
+        print(
+            f"{name:8} {scores.gram_drop:4.0%} nearer to the style "
+            f"(texture alone: {scores.grey_gram_drop:.0%}), "
+            f"content kept: {scores.structure:.2f} (other photographs: at most "
+            f"{scores.structure_of_others:.2f})"
+        )
+    print(
+        f"trained for {demo.seconds:.0f} s\n"
+        f"look: {demo.grid} (a photograph it has not seen, in four styles), {demo.alpha} (strength "
+        f"0 to 1), {demo.curves} (losses)\n"
+        f"try:  fastgan stylize --checkpoint {demo.checkpoint} --content YOUR_PHOTO "
+        f"--style {demo.styles}/night.png --out result.png\n"
+        "      fastgan train style-transfer --content PHOTOS --style PAINTINGS --out RUN"
+    )
+    return 0
+
+
 def _env(arguments: list[str]) -> int:
     from fastgan import env
 
@@ -210,6 +249,7 @@ def _env(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "stylize": _stylize,
+    "demo": _demo,
     "env": _env,
 }
 

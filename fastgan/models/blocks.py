@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import ReflectionPad2d
 
 from fastgan.ops.instance_norm import instance_norm
+
+
+def conv(
+    in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, gain: float = 2**0.5
+) -> nn.Conv2d:
+    """Convolution whose outputs begin with `gain` times the deviation of its inputs.
+
+    sqrt(2) makes up for a ReLU that follows (He et al., "Delving Deep into Rectifiers", 2015). A
+    network without norms learns much slower from torch's default, which is sqrt(6) times smaller.
+    """
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(in_channels * kernel_size**2))
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ConvNorm(nn.Module):

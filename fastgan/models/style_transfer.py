@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import ReflectionPad2d
 
-from fastgan.models.blocks import NormedResidual
+from fastgan.models.blocks import NormedResidual, conv
 from fastgan.ops.instance_norm import InstanceStats, adain
 
 MIN_SIDE = 8
@@ -69,7 +69,7 @@ class StyleEncoder(nn.Module):
         self.net = nn.Sequential(
             *_stem(width),
             ReflectionPad2d(1),
-            nn.Conv2d(4 * width, 4 * width, 3),
+            conv(4 * width, 4 * width, 3),
             nn.ReLU(),
         )
 
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
             _Enlarge(4 * width, 2 * width),
             _Enlarge(2 * width, width),
             ReflectionPad2d(2),
-            nn.Conv2d(width, 3, 5),
+            conv(width, 3, 5, gain=0.5),
             nn.Tanh(),
         )
 
@@ -143,13 +143,13 @@ def _stem(width: int) -> list[nn.Module]:
     """Picture -> 4·width channels at a quarter of its side."""
     return [
         ReflectionPad2d(2),
-        nn.Conv2d(3, width, 5),
+        conv(3, width, 5),
         nn.ReLU(),
         ReflectionPad2d(1),
-        nn.Conv2d(width, 2 * width, 3, stride=2),
+        conv(width, 2 * width, 3, stride=2),
         nn.ReLU(),
         ReflectionPad2d(1),
-        nn.Conv2d(2 * width, 4 * width, 3, stride=2),
+        conv(2 * width, 4 * width, 3, stride=2),
         nn.ReLU(),
     ]
 
@@ -161,10 +161,10 @@ class _Residual(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
+            conv(channels, channels, 3),
             nn.ReLU(),
             ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
+            conv(channels, channels, 3, gain=0.2),  # begins near x
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _Enlarge(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.pad = ReflectionPad2d(1)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3)
+        self.conv = conv(in_channels, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")

@@ -73,10 +73,10 @@ class StyleTransferRecipeConfig(RecipeConfig):
 
     weight_content: float = 1.0
     """Weight of the content loss."""
-    weight_style: float = 10.0
+    weight_style: float = 5.0
     """Weight of the Gram loss."""
-    weight_adversarial: float = 0.3
-    """Weight of the generator's adversarial loss; 0 also leaves the discriminator untrained."""
+    weight_adversarial: float = 0.5
+    """Weight of the generator's adversarial loss."""
     weight_reconstruction: float = 5.0
     """Weight of L1 between a content picture and its own features, decoded."""
     weight_identity: float = 0.0
@@ -90,8 +90,10 @@ class StyleTransferRecipeConfig(RecipeConfig):
     """Learning rate of the generator."""
     lr_discriminator: float = 4e-4
     """Learning rate of the discriminator."""
+    lr_hold: int = 0
+    """Steps before the learning rates begin to fall."""
     lr_decay: float = 0.0
-    """The rates are divided by 1 + lr_decay · step."""
+    """From then on they are divided by 1 + lr_decay · steps."""
     beta1: float = 0.5
     """Adam's decay of the mean gradient."""
     beta2: float = 0.999
@@ -190,7 +192,7 @@ class StyleTransfer(Recipe):
         return AdamSettings(lr=lr, betas=(config.beta1, config.beta2))
 
     def lr_factor(self, phase: str, step: int, steps_per_epoch: int) -> float:
-        return 1 / (1 + self.config.lr_decay * step)
+        return 1 / (1 + self.config.lr_decay * max(0, step - self.config.lr_hold))
 
     def default_steps(self, steps_per_epoch: int) -> int:
         return 10_000
