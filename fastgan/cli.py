@@ -156,7 +156,8 @@ class _StylizeFlags:
     """
 
     checkpoint: Path
-    """A checkpoint, or the folder of a run."""
+    """A checkpoint, the folder of a run, or one with the public CycleGAN code's
+    latest_net_G_A.pth and latest_net_G_B.pth."""
     content: tuple[Path, ...]
     """Pictures and folders of pictures to render."""
     out: Path

@@ -14,6 +14,7 @@ from fastgan import checkpoint as checkpoints
 from fastgan.device import choose_device
 from fastgan.images import ImageError, find_images, load_image, save_image, to_float
 from fastgan.recipes import Recipe, recipe_class
+from fastgan.recipes.cyclegan import PUBLIC_GENERATORS, CycleGAN
 from fastgan.recipes.serialize import from_json
 from fastgan.run_folder import RunFolder
 
@@ -28,13 +29,23 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
     """The trained networks in the checkpoint `path`, with their averaged weights, ready to use.
 
     Args:
-        path: a checkpoint, or the folder of a run, whose newest checkpoint is taken.
+        path: a checkpoint, or the folder of a run, whose newest checkpoint is taken, or a folder
+            with the generators of the public CycleGAN code.
 
     Raises:
         fastgan.checkpoint.CheckpointError: no checkpoint can be read there.
         ValueError: it is of a recipe or a version that this fastgan does not know.
     """
     path = Path(path)
+    if any((path / name).exists() for name in PUBLIC_GENERATORS):
+        recipe: Recipe = CycleGAN.from_public_code(path)
+    else:
+        recipe = _load_checkpoint(path)
+    recipe.requires_grad_(False)
+    return recipe.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _load_checkpoint(path: Path) -> Recipe:
     if path.is_dir():
         newest = RunFolder(path).newest()
         if newest is None:
@@ -52,8 +63,7 @@ def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} (fastgan {state.get('fastgan')}): {reason}") from None
-    recipe.requires_grad_(False)
-    return recipe.to(device).to(memory_format=torch.channels_last).eval()
+    return recipe
 
 
 def stylize(
@@ -75,7 +85,7 @@ def stylize(
     skipped with a warning. Returns the files written.
 
     Args:
-        checkpoint: a checkpoint, or the folder of a run.
+        checkpoint: as in `load_recipe`.
         content: files and folders of pictures; folders are searched at any depth.
         style: one picture; None where the recipe of the checkpoint has directions.
         alpha: strength of the style, 0 (the content, reconstructed) to 1.

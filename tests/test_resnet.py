@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgan import cli
+from fastgan.images import load_image, save_image, to_float, to_uint8
 from fastgan.models import ResnetGenerator, load_cyclegan_generator
 
 
@@ -91,6 +93,32 @@ def test_the_same_pictures(
         torch.testing.assert_close(
             generator.double()(pictures), public.double()(pictures), rtol=1e-9, atol=1e-9
         )
+
+
+def test_a_folder_of_the_public_code_stylizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public = {name: PublicGenerator(4, 2).eval() for name in ("A", "B")}
+    for module in public["A"].modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.1)
+    photo = tmp_path / "photo.png"
+    save_image(torch.rand(3, 24, 32) * 2 - 1, photo)
+    flags = ["--checkpoint", str(tmp_path), "--content", str(photo)]
+    for direction, name in (("AtoB", "A"), ("BtoA", "B")):
+        torch.save(public[name].state_dict(), tmp_path / f"latest_net_G_{name}.pth")
+        out = tmp_path / f"{name}.png"
+        command = ["stylize", *flags, "--out", str(out), "--direction", direction]
+        if name == "A":
+            assert cli.main(command) == 2
+            assert "latest_net_G_B.pth: No such file" in capsys.readouterr().err
+            torch.save(public["B"].state_dict(), tmp_path / "latest_net_G_B.pth")
+        assert cli.main(command) == 0
+        with torch.no_grad():
+            expected = to_uint8(public[name](to_float(load_image(photo)[None])))[0]
+        difference = load_image(out).int() - expected.int()
+        assert difference.abs().max() <= 1  # fp32 rounding
+    assert not torch.equal(load_image(tmp_path / "A.png"), load_image(tmp_path / "B.png"))
 
 
 class _Payload:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.models.patchgan import PatchGAN
-from fastgan.models.resnet import ResnetGenerator
+from fastgan.models.resnet import ResnetGenerator, load_cyclegan_generator
 from fastgan.ops.gan_loss import (
     DiscriminatorStats,
     discriminator_loss_with_stats,
@@ -20,6 +22,9 @@ from fastgan.ops.gan_loss import (
 from fastgan.recipes.pool import ImagePool
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, RecipeConfig
 from fastgan.recipes.two_domains import TwoDomainRecipe, discriminator_metrics, judge
+
+PUBLIC_GENERATORS = ("latest_net_G_A.pth", "latest_net_G_B.pth")
+"""What the public code calls its generators, AtoB and BtoA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,24 @@ class CycleGAN(TwoDomainRecipe):
                 for domain in self.domains
             }
         )
+
+    @classmethod
+    def from_public_code(cls, folder: str | os.PathLike[str]) -> CycleGAN:
+        """With the generators that the public CycleGAN code left in `folder`.
+
+        They are ``latest_net_G_A.pth`` (AtoB) and ``latest_net_G_B.pth`` (BtoA), see
+        :func:`fastgan.models.load_cyclegan_generator`; the discriminators are new.
+
+        Raises:
+            OSError: one of the files cannot be read.
+            ValueError: one of them holds something else.
+        """
+        generators = [load_cyclegan_generator(Path(folder) / name) for name in PUBLIC_GENERATORS]
+        width, blocks = generators[0].head.in_channels, len(generators[0].blocks)
+        recipe = cls(CycleGANConfig(width=width, residual_blocks=blocks))
+        for direction, generator in zip(cls.directions, generators, strict=True):
+            recipe.generators[direction] = generator
+        return recipe
 
     def begin_training(self, size: int) -> None:
         super().begin_training(size)
