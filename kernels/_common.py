@@ -43,23 +43,24 @@ class Walk(NamedTuple):
 def walk(x: Tensor) -> Walk | None:
     """Strides of a feature map [B, C, ...] whose planes can be read in one run; None if not.
 
-    Dense tensors of both memory formats and their slices over images or channels qualify.
+    Dense tensors of both memory formats and their slices over images or channels qualify. Strides
+    of axes of length 1 are what they would be in a dense tensor.
     """
-    channels, positions = x.shape[1], x.shape[2:].numel()
+    B, C = x.shape[:2]
+    HW = x.shape[2:].numel()
     strides = x.stride()
+    batch = strides[0] if B > 1 else C * HW
+    if HW == 1:
+        return Walk(True, batch, 1, C) if strides[1] == 1 else Walk(False, batch, strides[1], 1)
     if x.ndim == 3 or x.shape[2] == 1:
         position = strides[-1]
     elif x.shape[3] == 1 or strides[2] == x.shape[3] * strides[3]:
         position = strides[2] if x.shape[3] == 1 else strides[3]
     else:
         return None
-    if position == 1 or positions == 1:
-        # A single position is contiguous with its neighbours of the other channels, if any.
-        channels_last = positions == 1 and strides[1] == 1 and channels > 1
-        return Walk(channels_last, strides[0], strides[1], 1)
-    if strides[1] == 1 or channels == 1:
-        return Walk(True, strides[0], 1, position)
-    return None
+    if position == 1:
+        return Walk(False, batch, strides[1] if C > 1 else HW, 1)
+    return Walk(True, batch, 1, position) if strides[1] == 1 or C == 1 else None
 
 
 def readable(x: Tensor) -> tuple[Tensor, Walk]:
@@ -75,13 +76,24 @@ def readable(x: Tensor) -> tuple[Tensor, Walk]:
     return x, strides
 
 
+def is_dense(x: Tensor, channels_last: bool) -> bool:
+    """Whether this is how a kernel writes a tensor of this shape."""
+    C, HW = x.shape[1], x.shape[2:].numel()
+    if channels_last:
+        return walk(x) == Walk(True, C * HW, 1, C)
+    return walk(x) == Walk(False, C * HW, HW, 1)
+
+
 def writable(out: Tensor, channels_last: bool) -> Tensor:
-    """The tensor, if it is dense in the memory format a kernel writes; else a buffer that is."""
-    B, C, *size = out.shape
-    HW = out.shape[2:].numel()
-    shape = (B, *size, C) if channels_last else (B, C, *size)
-    dense = Walk(channels_last, C * HW, 1, C) if channels_last else Walk(False, C * HW, HW, 1)
-    if walk(out) == dense:
+    """The tensor if it is dense in the memory format that a kernel writes, else a buffer."""
+    if is_dense(out, channels_last):
         return out
-    buffer = out.new_empty(shape)
-    return buffer.movedim(-1, 1) if channels_last else buffer
+    if channels_last:
+        return out.new_empty(out.movedim(1, -1).shape).movedim(-1, 1)
+    return out.new_empty(out.shape)
+
+
+def dense(x: Tensor, channels_last: bool) -> Tensor:
+    """The tensor if it is dense in this memory format, else a copy that is."""
+    out = writable(x, channels_last)
+    return x if out is x else out.copy_(x)

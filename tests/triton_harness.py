@@ -252,8 +252,8 @@ def _load(path: str) -> Any:
     return module
 
 
-def _compile(path: str, capability: int, share: slice, sass: bool) -> list[Compiled]:
-    """Compile a share of a file's launches for one capability."""
+def _compile(path: str, capability: int, sass: bool) -> list[Compiled]:
+    """Compile a file's launches for one capability."""
     import triton
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -285,7 +285,7 @@ def _compile(path: str, capability: int, share: slice, sass: bool) -> list[Compi
 
     driver.set_active(_Driver(capability))
     with mock.patch.object(JITFunction, "run", compile_only):
-        for launch, thunk in list(_load(path).launches())[share]:  # noqa: B007 - read above
+        for launch, thunk in _load(path).launches():  # noqa: B007 - read above
             thunk()
     return list(results.values())
 
@@ -316,14 +316,14 @@ def _main() -> None:
     parser.add_argument("--capabilities", type=int, nargs="*", default=CAPABILITIES)
     parser.add_argument("--sass", type=int, nargs="*", default=[])
     options = parser.parse_args()
-    workers = min(4, len(os.sched_getaffinity(0)))
-    tasks = [(c, slice(i, None, workers)) for c in options.capabilities for i in range(workers)]
     fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=fork) as pool:
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork) as pool:
         futures = [
-            pool.submit(_compile, options.path, capability, share, capability in options.sass)
-            for capability, share in tasks
+            pool.submit(_compile, options.path, capability, capability in options.sass)
+            for capability in options.capabilities
         ]
+        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
         compiled = [dataclasses.asdict(c) for future in futures for c in future.result()]
     print(json.dumps(compiled))
 

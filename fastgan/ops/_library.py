@@ -44,12 +44,14 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", allocate, lib=_LIBRARY)
 
+    # Lengths of lists come last: without lists, ctx.needs_input_grad has the order of the inputs.
     lists = [str(argument.type) == "List[Tensor]" for argument in op._schema.arguments]
     returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
 
     class Function(torch.autograd.Function):  # which sees tensors only outside of lists
         @staticmethod
-        def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
+        def forward(ctx: Any, *flat_and_lengths: Any) -> Any:
+            *flat, lengths = flat_and_lengths
             inputs = _nest(flat, lists, lengths)
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
@@ -59,12 +61,12 @@ def define(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return None, *_flatten(backward(ctx, *grads), lists)
+            return *_flatten(backward(ctx, *grads), lists), None
 
     def differentiable(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             lengths = [len(x) for x, is_list in zip(inputs, lists, strict=True) if is_list]
-            outputs = Function.apply(lengths, *_flatten(inputs, lists))
+            outputs = Function.apply(*_flatten(inputs, lists), lengths)
             return list(outputs) if returns_list else outputs
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)

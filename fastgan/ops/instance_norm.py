@@ -1,14 +1,13 @@
 """Statistics of each image's channels, and the ops built on them."""
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgan import reference
-from fastgan.ops import _checks, _dispatch, _layout, _library
+from fastgan.ops import _checks, _dispatch, _instance_norm, _layout
 
 ACTIVATIONS = (None, "relu", "leaky_relu")
 
@@ -55,7 +54,7 @@ def instance_stats(
     _check_variance(op, "x", x, eps, correction)
     impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
     if impl != "reference":
-        return InstanceStats(*_stats_op(x, eps, correction, impl))
+        return InstanceStats(*_instance_norm.stats(x, eps, correction, impl))
     with torch.autocast(x.device.type, enabled=False):
         return InstanceStats(*reference.instance_stats(x, eps, correction))
 
@@ -115,7 +114,12 @@ def instance_norm(
     _check_residual(op, residual, x)
     _check_reflect_pad(op, reflect_pad, x)
     _checks.positions(op, "x", x, 0)
-    _dispatch.choose(op, "instance_norm", impl, x.device)
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    if impl != "reference":
+        slope = {None: 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
+        return _instance_norm.norm(
+            x, weight, bias, residual, None, 1.0, slope, reflect_pad, eps, 0, impl
+        )[0]
     with torch.autocast(x.device.type, enabled=False):
         out = reference.instance_norm(
             x, weight, bias, residual, activation, negative_slope, reflect_pad, eps
@@ -172,11 +176,18 @@ def adain(
     else:
         _check_stats(op, "style", style, "content", content)
     _check_alpha(op, alpha, content)
-    _dispatch.choose(op, "instance_norm", impl, content.device)
+    impl = _dispatch.choose(op, "instance_norm", impl, content.device, cannot=_cannot(content))
+    if impl != "reference":
+        alphas, alpha = (alpha, 1.0) if isinstance(alpha, Tensor) else (None, float(alpha))
+        if isinstance(style, Tensor):
+            return _instance_norm.adain(content, style, alphas, alpha, eps, correction, impl)[0]
+        return _instance_norm.norm(
+            content, style[1], style[0], None, alphas, alpha, 1.0, 0, eps, correction, impl
+        )[0]
     with torch.autocast(content.device.type, enabled=False):
         if isinstance(style, Tensor):
             style = InstanceStats(*reference.instance_stats(style, eps, correction))
-        out = reference.adain(content, style.mean, style.std, alpha, eps, correction)
+        out = reference.adain(content, *style, alpha, eps, correction)
     return _layout.like(out, content)
 
 
@@ -232,7 +243,15 @@ def adain_style_loss(
         _check_stats(op, _checks.label("target_stats", i, len(target_list)), stats, name, x)
         _checks.same_device(op, name, x, "features[0]", feature_list[0])
     device = feature_list[0].device
-    _dispatch.choose(op, "instance_norm", impl, device)
+    cannot = next(filter(None, map(_cannot, feature_list)), {})
+    impl = _dispatch.choose(op, "instance_norm", impl, device, cannot=cannot)
+    if impl != "reference":
+        total: Any = None
+        for x, target, weight in zip(feature_list, target_list, weight_list, strict=True):
+            stats = _instance_norm.stats(x, eps, correction, impl)
+            weight /= max(stats[0].numel(), 1)
+            total = _instance_norm.distance(total, *stats, *target, weight, impl)
+        return total
     with torch.autocast(device.type, enabled=False):
         losses = [
             weight * reference.adain_style_loss(x, stats[0], stats[1], eps, correction)
@@ -241,99 +260,45 @@ def adain_style_loss(
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-# --- Custom ops ---------------------------------------------------------------------------------
-# The last argument of each is the implementation, which its backward inherits.
-
-
-def _launchers(impl: str) -> ModuleType:
-    """The module whose functions fill the outputs of the ops below."""
-    from fastgan.kernels import instance_norm  # imports Triton, so not before the first call
-
-    return instance_norm
-
-
-def _allocate_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[:2], dtype=_statistics_dtype(x))
-    return mean, torch.empty_like(mean)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fill_stats(
-    outputs: tuple[Tensor, Tensor], x: Tensor, eps: float, correction: int, impl: str
-) -> None:
-    _launchers(impl).instance_stats_fwd(x, *outputs, eps, correction)
-
-
-def _save_stats(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x, *outputs)
-
-
-def _stats_backward(ctx: Any, grad_mean: Tensor | None, grad_std: Tensor | None) -> Any:
-    return (
-        _stats_backward_op(grad_mean, grad_std, *ctx.saved_tensors, *ctx.options),
-        None,
-        None,
-        None,
-    )
-
-
-_stats_op = _library.define(
-    "instance_stats(Tensor x, float eps, int correction, str impl) -> (Tensor mean, Tensor std)",
-    allocate=_allocate_stats,
-    fill=_fill_stats,
-    setup_context=_save_stats,
-    backward=_stats_backward,
-)
-
-
-def _allocate_like_x(
-    grad_mean: Tensor | None, grad_std: Tensor | None, x: Tensor, *_: Any
+def reflection_pad2d(
+    x: Tensor, padding: tuple[int, int, int, int], *, impl: str | None = None
 ) -> Tensor:
-    return torch.empty_like(x)
+    r"""Pad H and W by reflection at their edges, as ``torch.nn.ReflectionPad2d`` does.
 
+    Unlike torch's CUDA kernels it keeps channels_last, adds the gradients of a pixel's images in
+    fixed order, without atomics, and saves nothing for its backward.
 
-def _fill_stats_backward(
-    grad_x: Tensor,
-    grad_mean: Tensor | None,
-    grad_std: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    eps: float,
-    correction: int,
-    impl: str,
-) -> None:
-    grads = (None if g is None else g.contiguous() for g in (grad_mean, grad_std))
-    _launchers(impl).instance_stats_bwd(x, grad_x, *grads, mean, std, correction)
+    Args:
+        x: [B, C, H, W]; fp16, bf16, fp32 or fp64, any strides.
+        padding: (left, right, top, bottom), each non-negative and less than the width or height.
+        impl: ``"reference"``, ``"triton"``, ``"native"`` or None for the fastest that supports the
+            call.
 
+    Returns:
+        [B, C, H + top + bottom, W + left + right] in the dtype and memory format of ``x``.
 
-def _save_stats_backward(ctx: Any, inputs: tuple[Any, ...], grad_x: Tensor) -> None:
-    grad_mean, grad_std, x, _, _, ctx.eps, ctx.correction, _ = inputs
-    ctx.save_for_backward(grad_mean, grad_std, x)
+    Differentiable to any order.
 
-
-def _stats_double_backward(ctx: Any, grad_grad_x: Tensor) -> Any:
-    *grads, x = ctx.saved_tensors
-
-    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.instance_stats(x, ctx.eps, ctx.correction)
-
-    (grad_mean, grad_std), (grad_x,) = _library.second_order(formula, [x], grads, [grad_grad_x])
-    return grad_mean, grad_std, grad_x, None, None, None, None, None
-
-
-_stats_backward_op = _library.define(
-    "instance_stats_backward(Tensor? grad_mean, Tensor? grad_std, Tensor x, Tensor mean, "
-    "Tensor std, float eps, int correction, str impl) -> Tensor",
-    allocate=_allocate_like_x,
-    fill=_fill_stats_backward,
-    setup_context=_save_stats_backward,
-    backward=_stats_double_backward,
-)
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: wrong shape or padding.
+        ImplUnavailableError: the implementation asked for cannot run this call.
+    """
+    op = "reflection_pad2d"
+    _checks.feature_map(op, "x", x)
+    left, right, top, bottom = padding
+    height, width = x.shape[2:]
+    if not (
+        min(padding) >= 0 and max(left, right) < max(width, 1) and max(top, bottom) < max(height, 1)
+    ):
+        raise ValueError(
+            f"{op}: padding must be at least 0 and less than width (left, right) and height "
+            f"(top, bottom) of x, {_checks.shape(x)}, got {tuple(padding)}"
+        )
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    if impl != "reference":
+        return _instance_norm.reflection_pad2d(x, *padding, impl)
+    return _layout.padded_like(reference.reflection_pad2d(x, padding), x)
 
 
 # --- Checks -------------------------------------------------------------------------------------
