@@ -61,6 +61,8 @@ def define(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(grad is None for grad in grads):  # where a second-order gradient is zero
+                return (None,) * len(ctx.needs_input_grad)
             return *_flatten(backward(ctx, *grads), lists), None
 
     def differentiable(*inputs: Any) -> Any:
