@@ -128,6 +128,15 @@ CASES: dict[str, Case] = {
         lambda x, impl: reflection_pad2d(x, (1, 2, 0, 3), impl=impl), smallest=4
     ),
 }
+# What autograd and torch.compile do with a layout differs from op to op, not from case to case.
+CASES_IN_CHANNELS_LAST_OR_BOTH = pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        *((case, "channels_last") for case in CASES.values()),
+        *((CASES[name], "contiguous") for name in ("stats", "norm, relu, pad", "adain")),
+    ],
+    ids=[*CASES, *(f"{name}, contiguous" for name in ("stats", "norm, relu, pad", "adain"))],
+)
 ALL_CASES = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -204,7 +213,7 @@ def clear_tilings() -> None:
 def test_every_way_to_cover_an_image(
     case: Case, layout: str, tiles: str, device: torch.device
 ) -> None:
-    check(case, features((2, 5, 9, 11), torch.float32, device, layout))
+    check(case, features((2, 3, 7, 9), torch.float32, device, layout))
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "contiguous" not in name])
@@ -222,9 +231,7 @@ def test_dtypes(case: Case, dtype: torch.dtype, device: torch.device) -> None:
         check(case, features((2, 12, 8, 8), dtype, device, layout))
 
 
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 4, 5), (2, 0, 4, 5), (3, 2, 1, 1), (1, 9, 1, 3), (2, 1, 7, 4)], ids=str
-)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (3, 2, 1, 1), (1, 9, 1, 3)], ids=str)
 @ALL_CASES
 def test_odd_shapes(case: Case, shape: tuple[int, ...], device: torch.device) -> None:
     if min(shape[2:]) < case.smallest:
@@ -257,12 +264,11 @@ def test_constant_planes_have_finite_gradients(case: Case, device: torch.device)
 
 
 @interpreted
+@pytest.mark.parametrize("tiles", ["split"], indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @ALL_CASES
 def test_program_order_changes_no_bit(case: Case, layout: str, tiles: str) -> None:
-    if tiles == "resident":
-        pytest.skip("a program for everything has no order")
-    inputs = case.inputs(features((2, 5, 5, 8), torch.float32, torch.device("cpu"), layout))
+    inputs = case.inputs(features((2, 3, 5, 16), torch.float32, torch.device("cpu"), layout))
 
     def bits() -> list[Tensor]:
         outputs = flat(case.run(*inputs, impl="triton"))
@@ -311,7 +317,7 @@ def test_bytes_and_launches(
     if tiles == "split" and layout == "channels_last":  # whose blocks are few
         monkeypatch.setattr(kernels, "multiprocessors", lambda device: 8)
     cost, case = COSTS[name, tiles], CASES[name]
-    x = features((2, 16, 32, 32), torch.bfloat16, torch.device("cpu"), layout)
+    x = features((1, 8, 32, 32), torch.bfloat16, torch.device("cpu"), layout)
     inputs = [i.detach() if i.ndim == 2 else i for i in case.inputs(x)]  # given statistics
     with counted_traffic() as forward, counted_launches() as launches:
         outputs = flat(case.run(*inputs, impl="triton"))
@@ -331,8 +337,7 @@ def test_bytes_and_launches(
     assert all(k.endswith("_kernel") for k in launches + backward_launches)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@ALL_CASES
+@CASES_IN_CHANNELS_LAST_OR_BOTH
 def test_second_order_gradients(case: Case, layout: str, device: torch.device) -> None:
     """Of fp32 calls, against fp64: the gradient of a gradient penalty."""
 
@@ -363,7 +368,7 @@ def test_gradcheck_of_the_reference(case: Case) -> None:
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["channels_last"])
 def test_opcheck(layout: str, device: torch.device) -> None:
     x = features((2, 3, 4, 5), torch.float32, device, layout)
     grad = features((2, 3, 6, 7), torch.float32, device, layout)
@@ -390,8 +395,7 @@ def test_opcheck(layout: str, device: torch.device) -> None:
         torch.library.opcheck(op.default, (*arguments, "triton"))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@ALL_CASES
+@CASES_IN_CHANNELS_LAST_OR_BOTH
 def test_compiles_without_a_graph_break(case: Case, layout: str, device: torch.device) -> None:
     inputs = case.inputs(features((2, 3, 4, 5), torch.float32, device, layout))
     compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
