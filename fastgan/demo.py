@@ -289,8 +289,8 @@ def _save_grid(
 ) -> None:
     """The content and, beside it, each style over its result."""
     height, width = content.shape[2:]
-    blank = torch.ones_like(content)
-    columns = [torch.cat([content, blank], 2)] + [
+    middle = TF.pad(content, [0, height // 2], fill=1.0)
+    columns = [middle] + [
         torch.cat([TF.center_crop(TF.resize(styles[name], [width]), [height, width]), result], 2)
         for name, result in results.items()
     ]

@@ -200,6 +200,15 @@ def test_extractors_take_gradients_to_pictures_and_none_to_weights():
     assert image.grad.abs().sum() > 0
 
 
+def test_features_are_16_bit_under_autocast():
+    image = picture(1, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = RandomFeatures()(image)
+    for ours, wide in zip(narrow, RandomFeatures()(image), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), wide, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"levels": 0}, {"channels": 0}, {"kernel_size": 4}, {"kernel_size": -1}]
 )

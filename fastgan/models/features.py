@@ -84,7 +84,8 @@ class RandomFeatures(nn.Module):
             if maps:
                 images = F.avg_pool2d(images, 2, ceil_mode=True)
             padded = F.pad(images, [padding] * 4, mode="replicate")
-            maps.append(F.relu(F.conv2d(padded, filters)) - offset[:, None, None])
+            responses = F.relu(F.conv2d(padded, filters))
+            maps.append(responses - offset[:, None, None].to(responses.dtype))
         return maps
 
 
