@@ -271,6 +271,11 @@ def test_the_pool_is_state_and_its_chances_are_the_generators() -> None:
 
 
 def test_patchgan_of_other_depths() -> None:
+    for layers, smallest in ((1, 6), (2, 12), (3, 24)):
+        judge = PatchGAN(4, layers)
+        assert judge(torch.rand(1, 3, smallest, smallest + 9)).shape[2] == 1
+        with pytest.raises(ValueError, match=f"at least {smallest} px"):
+            judge(torch.rand(1, 3, smallest + 9, smallest - 1))
     assert [PatchGAN(4, layers)(torch.rand(1, 3, 64, 64)).shape[2] for layers in (1, 2, 4)] == [
         30, 14, 2
     ]  # fmt: skip

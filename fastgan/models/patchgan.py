@@ -17,6 +17,9 @@ class PatchGAN(nn.Module):
     for the first, which has no norm. A convolution before a norm has no bias. Initial weights are
     N(0, 0.02²).
 
+    Raises:
+        ValueError: the picture is too small for the last convolution.
+
     Source: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017.
     """
 
@@ -36,9 +39,16 @@ class PatchGAN(nn.Module):
             for i in range(layers)
         )
         self.last = nn.Conv2d(channels[-1], 1, 4, padding=1)
+        self.smallest = 3 << layers
+        """Height and width of the smallest pictures it can judge."""
         self.apply(normal_init)
 
     def forward(self, pictures: Tensor) -> Tensor:
+        if min(pictures.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"PatchGAN: pictures must be at least {self.smallest} px high and wide for its "
+                f"{len(self.middle)} layers, got {list(pictures.shape)}"
+            )
         x = F.leaky_relu(self.first(pictures), 0.2)
         for convolution in self.middle:
             x = instance_norm(convolution(x), activation="leaky_relu", negative_slope=0.2)

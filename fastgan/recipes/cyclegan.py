@@ -105,18 +105,16 @@ class CycleGAN(TwoDomainRecipe):
 
     def __init__(self, config: CycleGANConfig) -> None:
         super().__init__(config)
-        self.generators = nn.ModuleDict(
-            {
-                direction: ResnetGenerator(config.width, config.residual_blocks)
-                for direction in self.directions
-            }
-        )
-        self.discriminators = nn.ModuleDict(
-            {
-                domain: PatchGAN(config.discriminator_width, config.discriminator_layers)
-                for domain in self.domains
-            }
-        )
+        generators = [
+            ResnetGenerator(config.width, config.residual_blocks) for _ in self.directions
+        ]
+        discriminators = [
+            PatchGAN(config.discriminator_width, config.discriminator_layers) for _ in self.domains
+        ]
+        self.size_multiple = 4
+        self.smallest = discriminators[0].smallest
+        self.generators = nn.ModuleDict(dict(zip(self.directions, generators, strict=True)))
+        self.discriminators = nn.ModuleDict(dict(zip(self.domains, discriminators, strict=True)))
 
     @classmethod
     def from_public_code(cls, folder: str | os.PathLike[str]) -> CycleGAN:
@@ -207,10 +205,6 @@ class CycleGAN(TwoDomainRecipe):
 
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
         return discriminator_metrics(scratch.stats)
-
-    @property
-    def size_multiple(self) -> int:
-        return 4
 
     def translate(self, pictures: Tensor, direction: str) -> Tensor:
         translated: Tensor = self.generators[direction](pictures)

@@ -20,16 +20,17 @@ class TwoDomainRecipe(Recipe):
     domains: ClassVar[tuple[str, str]] = ("A", "B")
     directions: ClassVar[tuple[str, ...]] = ("AtoB", "BtoA")
 
-    def begin_training(self, size: int) -> None:
-        if size % self.size_multiple:
-            raise ValueError(
-                f"size: {self.name} needs a multiple of {self.size_multiple}, got {size}"
-            )
+    size_multiple: int
+    """`translate` takes heights and widths that are multiples of this, at least two of it."""
+    smallest: int
+    """Height and width of the smallest pictures that the discriminators can judge."""
 
-    @property
-    @abc.abstractmethod
-    def size_multiple(self) -> int:
-        """`translate` takes heights and widths that are multiples of this, at least two of it."""
+    def begin_training(self, size: int) -> None:
+        if size % self.size_multiple or size < self.smallest:
+            raise ValueError(
+                f"size: {self.name} needs a multiple of {self.size_multiple}, at least "
+                f"{self.smallest} for these discriminators, got {size}"
+            )
 
     @abc.abstractmethod
     def translate(self, pictures: Tensor, direction: str) -> Tensor:

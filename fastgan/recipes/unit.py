@@ -130,15 +130,11 @@ class UNIT(TwoDomainRecipe):
             )
             for _ in self.domains
         ]
-        self._smallest = discriminators[0].smallest
+        self.size_multiple = 1 << config.downsamplings
+        self.smallest = discriminators[0].smallest
         self.encoders = nn.ModuleDict(dict(zip(self.domains, encoders, strict=True)))
         self.decoders = nn.ModuleDict(dict(zip(self.domains, decoders, strict=True)))
         self.discriminators = nn.ModuleDict(dict(zip(self.domains, discriminators, strict=True)))
-
-    def begin_training(self, size: int) -> None:
-        super().begin_training(size)
-        if size < self._smallest:
-            raise ValueError(f"size: the discriminators need at least {self._smallest}, got {size}")
 
     def networks(self, phase: str) -> Sequence[nn.Module]:
         if phase == "discriminator":
@@ -209,10 +205,6 @@ class UNIT(TwoDomainRecipe):
 
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
         return discriminator_metrics(scratch.stats)
-
-    @property
-    def size_multiple(self) -> int:
-        return 1 << self.config.downsamplings
 
     def translate(self, pictures: Tensor, direction: str) -> Tensor:
         source, target = direction.split("to")
