@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import fastgan
 from fastgan.device import Precision
 from fastgan.recipes import recipe_class
 from fastgan.training.engine import EagerEngine
+from fastgan.training.engines import EngineName, make_engine
 from harness import Case, Report, Variant
 from plain_cyclegan import CycleGAN
 
@@ -168,14 +170,22 @@ class PlainStep:
 
 
 def recipe_variants(setting: Setting) -> Iterator[Variant]:
+    """Every engine; the graph engine where the setting is one for a GPU."""
     yield Variant("reference path", "eager", lambda: RecipeStep(setting, reference=True))
     yield Variant("fastgan", "fastgan", lambda: RecipeStep(setting))
+    yield Variant("fastgan compile", "fastgan", lambda: RecipeStep(setting, "compile"))
+    if setting.autocast is not None:
+        yield Variant(
+            "fastgan graph", "fastgan", lambda: RecipeStep(setting, "graph"), replays=True
+        )
 
 
 class RecipeStep:
     """An update of a recipe by a training engine."""
 
-    def __init__(self, setting: Setting, *, reference: bool = False) -> None:
+    def __init__(
+        self, setting: Setting, engine: EngineName = "eager", *, reference: bool = False
+    ) -> None:
         kind = recipe_class(setting.recipe)
         first = next(iter(kind.presets.values())).config
         with seeded():
@@ -183,6 +193,7 @@ class RecipeStep:
             self._recipe.begin_training(setting.size)
         self._setting = setting
         self._reference = reference
+        self._name: EngineName = engine
         self._engine: EagerEngine | None = None
         self._step = 0
 
@@ -190,15 +201,13 @@ class RecipeStep:
         """The first call returns its losses, phase by phase; later ones do not wait for theirs."""
         recipe = self._recipe
         if self._engine is None:
-            recipe.to(images[0].device, images[0].dtype).to(memory_format=torch.channels_last)
-            precision = self._setting.precision if images[0].dtype == torch.float32 else "fp32"
-            self._engine = EagerEngine(recipe, images[0].device, precision, ema_decay=0.999)
+            self._engine = self._prepare(images[0])
         images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
         drawn = recipe.draw(self._step, self._setting.batch, torch.Generator().manual_seed(0))
         batch = dict(zip(recipe.domains, images, strict=True))
         batch |= {name: value.to(images[0].device) for name, value in drawn.items()}
         choice = fastgan.use_impl("reference") if self._reference else contextlib.nullcontext()
-        with choice:
+        with choice, warnings_as_errors():
             self._engine.step(batch, self._step, steps_per_epoch=1000)
         self._step += 1
         if self._step > 1:
@@ -208,6 +217,29 @@ class RecipeStep:
             torch.tensor(sum(value for name, value in losses.items() if name.startswith(phase)))
             for phase in recipe.phases
         ]
+
+    def _prepare(self, images: Tensor) -> EagerEngine:
+        recipe, device = self._recipe, images.device
+        recipe.to(device, images.dtype).to(memory_format=torch.channels_last)
+        precision = self._setting.precision if images.dtype == torch.float32 else "fp32"
+        with warnings_as_errors():
+            return make_engine(self._name, recipe, device, precision, ema_decay=0.999)
+
+
+class _Raises(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError(record.getMessage())
+
+
+@contextlib.contextmanager
+def warnings_as_errors() -> Iterator[None]:
+    """An engine that falls back to eager says so in a warning, and must not be timed as itself."""
+    logger, handler = logging.getLogger("fastgan.training"), _Raises(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

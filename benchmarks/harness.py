@@ -13,15 +13,18 @@ import gc
 import itertools
 import math
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import step_trace
 from fastgan.ops import _dispatch
 from store import Record, significant
 from tolerances import RELATIVE
@@ -134,6 +137,12 @@ class InputSet:
     inputs: tuple[Tensor, ...]
     upstream: Tensor | None
 
+    def __post_init__(self) -> None:
+        self.differentiated = [x for x in self.inputs if x.requires_grad]
+
+    def with_upstream(self, dtype: torch.dtype) -> InputSet:
+        return self if self.upstream is None else replace(self, upstream=self.upstream.to(dtype))
+
     @property
     def nbytes(self) -> int:
         tensors = [*self.inputs] + ([] if self.upstream is None else [self.upstream])
@@ -178,33 +187,32 @@ def set_count(case: Case, device: torch.device, nbytes: int) -> int:
 # --- Right or wrong -----------------------------------------------------------------------------
 
 
-def run(function: Function, case: Case, inputs: Sequence[Tensor], upstream: Tensor | None) -> Any:
-    """One call as it is timed. Returns results, and gradients after them."""
-    if case.mode == "step":
-        return _as_list(function(*inputs))
-    if upstream is None:
-        with torch.no_grad():
-            return _as_list(function(*inputs))
-    results = _as_list(function(*inputs))
-    wanted = [x for x in inputs if x.requires_grad]
-    return [*results, *torch.autograd.grad(results[0], wanted, upstream)]
+def run(function: Function, chosen: InputSet) -> list[Tensor]:
+    """One call as it is timed: results, and after them gradients if there is a backward."""
+    results = _as_list(function(*chosen.inputs))
+    if chosen.upstream is None:
+        return results
+    return [
+        *results,
+        *torch.autograd.grad(results[0], chosen.differentiated, chosen.upstream),
+    ]
 
 
 def exact_results(case: Case, chosen: InputSet) -> list[Tensor]:
     """Results, and gradients after them, of the formula in fp64."""
     inputs = tuple(_double(x).requires_grad_(x.requires_grad) for x in chosen.inputs)
     upstream = None if chosen.upstream is None else chosen.upstream.double()
-    return [value.detach() for value in run(case.exact, case, inputs, upstream)]
+    return [value.detach() for value in run(case.exact, InputSet(inputs, upstream))]
 
 
-def scale_gradients(case: Case, chosen: InputSet, exact: list[Tensor]) -> float:
+def scale_gradients(chosen: InputSet, exact: list[Tensor]) -> float:
     """Scale the gradients of a scalar result to about one, in place, and return the factor.
 
     Those of a mean over millions of elements vanish in 16 bits; a gradient scaler would do this.
     """
     if chosen.upstream is None or chosen.upstream.ndim > 0:
         return 1.0
-    gradients = exact[-sum(x.requires_grad for x in chosen.inputs) :]
+    gradients = exact[-len(chosen.differentiated) :]
     largest = max(gradient.abs().max().item() for gradient in gradients)
     factor = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
     for tensor in (chosen.upstream, *gradients):
@@ -382,13 +390,10 @@ def kernel_names(call: Callable[[], Any]) -> list[str]:
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if launched(event)]
-
-
-def launched(event: Any) -> bool:
-    """Whether a profiler's event is work on the device (and not a label around some)."""
-    on_device = event.device_type == torch.autograd.DeviceType.CUDA
-    return on_device and not event.is_user_annotation
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        return step_trace.device_work(path)
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
@@ -427,10 +432,17 @@ def measure(
 ) -> dict[str, Record]:
     """A record for each named variant: ``wrong`` or ``failed`` with the reason, or its times."""
     torch.compiler.reset()  # a limit on recompilations would turn later cases to dynamic shapes
+    with torch.set_grad_enabled(case.mode != "forward"):
+        return _measure(case, names, device, effort)
+
+
+def _measure(
+    case: Case, names: Sequence[str], device: torch.device, effort: Effort
+) -> dict[str, Record]:
     upstream = upstream_maker(case, make_set(case, device, 0))
     sets = [make_set(case, device, 0, upstream)]
     exact = exact_results(case, sets[0])
-    scale = scale_gradients(case, sets[0], exact)
+    scale = scale_gradients(sets[0], exact)
     for seed in range(1, set_count(case, device, sets[0].nbytes)):
         sets.append(make_set(case, device, seed, upstream))
         if sets[-1].upstream is not None:
@@ -501,28 +513,22 @@ def _gate(
     """The call to time, after its results on the first set were compared with fp64."""
     function = variant.build()
     first = sets[0]
-    upstreams = [entry.upstream for entry in sets]
     if first.upstream is not None:  # in the dtype of this variant's result
-        with torch.no_grad():
-            dtype = _as_list(function(*first.inputs))[0].dtype
-        upstreams = [None if u is None else u.to(dtype) for u in upstreams]
-    results = run(function, case, first.inputs, upstreams[0])
+        dtype = _as_list(function(*first.inputs))[0].dtype
+        sets = [chosen.with_upstream(dtype) for chosen in sets]
+        first = sets[0]
+    results = run(function, first)
     if variant.kind == "fastgan" and case.mode != "step":
         with _choices() as chosen:
-            run(function, case, first.inputs, upstreams[0])
+            run(function, first)
         record["impl"] = "+".join(sorted(chosen))
     share, wrong = verdict(case, results, exact)
     record["error_of_allowed"] = significant(min(share, 1e9))
     if wrong:
         record["wrong"] = wrong
-    elif case.mode == "forward+backward":
+    elif first.upstream is not None:
         record["saved_bytes"] = saved_bytes(lambda: function(*first.inputs), first.inputs)
-
-    def call(index: int) -> Any:
-        turn = index % len(sets)
-        return run(function, case, sets[turn].inputs, upstreams[turn])
-
-    return call
+    return lambda index: run(function, sets[index % len(sets)])
 
 
 def _count(record: Record, call: Callable[[int], Any], *, memory: bool) -> None:

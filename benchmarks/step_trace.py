@@ -34,7 +34,7 @@ CATEGORIES = (
 
 # Decided by any of the names an op was called under.
 _WHEREVER = (
-    ("optimizer", r"^Optimizer\.|_fused_adam|_foreach_lerp|_amp_"),
+    ("optimizer", r"^Optimizer\.|_fused_adam|_foreach_|_amp_"),
     ("data", rf"^{DATA}$|Memcpy HtoD"),
 )
 # Decided by the innermost name that a pattern knows: kernel, op, its callers. What Inductor fuses
@@ -108,21 +108,35 @@ def read(path: Path, seconds: float | None = None) -> Breakdown:
     the kernels, so the length of a step is better measured without it and given as `seconds`. On
     a CPU a category's time is that of its ops, and the gaps are what a step spent outside of any.
     """
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+    events = _ranges(path)
     ops = _nested(e for e in events if e.get("cat") in _HOST)
     steps = [op for op in ops if op.name == STEP]
     if not steps:
         raise ValueError(f"{path} has no range called {STEP!r}")
-    kernels = [e for e in events if e.get("cat") in _DEVICE]
+    kernels = _on_device(events)
     if kernels:
-        times = {name: value / len(steps) for name, value in _on_device(ops, kernels).items()}
+        times = {name: value / len(steps) for name, value in _kernel_times(ops, kernels).items()}
         total = _span(steps, kernels) / len(steps) if seconds is None else 1e6 * seconds
         total = max(total, sum(times.values()))
         times[GAPS] = total - sum(times.values())
     else:
-        times = {name: value / len(steps) for name, value in _on_host(ops).items()}
+        times = {name: value / len(steps) for name, value in _op_times(ops).items()}
         total = sum(step.duration for step in steps) / len(steps)
     return Breakdown(total * 1e-6, {name: 1e-6 * times.get(name, 0.0) for name in CATEGORIES})
+
+
+def device_work(path: Path) -> list[str]:
+    """Names of the kernels, copies and fills in a trace, in the order they ran."""
+    return [event["name"] for event in sorted(_on_device(_ranges(path)), key=lambda e: e["ts"])]
+
+
+def _ranges(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace that have a duration."""
+    return [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+
+
+def _on_device(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("cat") in _DEVICE]
 
 
 def _nested(events: Iterable[dict[str, Any]]) -> list[_Op]:
@@ -146,7 +160,7 @@ def _nested(events: Iterable[dict[str, Any]]) -> list[_Op]:
     return ops
 
 
-def _on_host(ops: list[_Op]) -> dict[str, float]:
+def _op_times(ops: list[_Op]) -> dict[str, float]:
     """Microseconds that ops inside of steps took by themselves."""
     times: dict[str, float] = defaultdict(float)
     for op in ops:
@@ -156,7 +170,7 @@ def _on_host(ops: list[_Op]) -> dict[str, float]:
     return times
 
 
-def _on_device(ops: list[_Op], kernels: list[dict[str, Any]]) -> dict[str, float]:
+def _kernel_times(ops: list[_Op], kernels: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds of kernels; together the time in which any was running."""
     callers = {op.external_id: op for op in ops if op.external_id is not None}
     times: dict[str, float] = defaultdict(float)

@@ -212,14 +212,6 @@ def test_saved_bytes_count_each_storage_once_and_no_input() -> None:
     assert harness.saved_bytes(forward, [x]) == 40
 
 
-def test_labels_around_device_work_are_no_launches() -> None:
-    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    event = types.SimpleNamespace
-    assert harness.launched(event(device_type=cuda, is_user_annotation=False))
-    assert not harness.launched(event(device_type=cuda, is_user_annotation=True))
-    assert not harness.launched(event(device_type=cpu, is_user_annotation=False))
-
-
 def test_inputs_are_twice_the_cache_on_a_gpu_and_single_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -451,6 +443,21 @@ def test_a_cpu_step_is_its_ops_and_what_is_outside_of_them(tmp_path: Path) -> No
             step_trace.GAPS: 120e-6 / 2,
         }
     )
+
+
+def test_launches_are_kernels_copies_and_fills(tmp_path: Path) -> None:
+    trace = write_trace(
+        tmp_path / "trace.json",
+        [
+            host("aten::mul", 0, 5, 1),
+            kernel("second", 20, 1, 1),
+            kernel("first", 10, 1, 1) | {"cat": "gpu_memcpy"},
+            kernel("third", 30, 1, 1) | {"cat": "gpu_memset"},
+            kernel("a label around them", 10, 30, 1) | {"cat": "gpu_user_annotation"},
+            host("cudaLaunchKernel", 2, 1, 1, cat="cuda_runtime"),
+        ],
+    )
+    assert step_trace.device_work(trace) == ["first", "second", "third"]
 
 
 def test_a_trace_without_steps_is_refused(tmp_path: Path) -> None:
