@@ -61,6 +61,8 @@ def cases(sizes: str) -> Iterator[Case]:
         yield norm_case("instance_norm+relu", **options, gpu=gpu)
     for options in product(shape=PADDED_SHAPES[sizes], **axes):
         yield norm_case("instance_norm+relu+reflect_pad", **options, gpu=gpu, pad=1)
+    for options in product(shape=ADAIN_SHAPES[sizes][:2], **axes):
+        yield style_loss_case(**options)
     if gpu:
         axes |= {"dtype": [torch.float16, torch.float32], "mode": ["forward+backward"]}
         for options in product(shape=[(8, 64, 256, 256)], **axes):
@@ -141,6 +143,48 @@ def adain_as_batch_norm(content: Tensor, style: Tensor) -> Tensor:
         eps=EPS * biased,
     )
     return out.view(batch, channels, height, width)
+
+
+# --- AdaIN style loss ---------------------------------------------------------------------------
+
+
+def style_loss_case(shape: tuple[int, ...], dtype: torch.dtype, layout: str, mode: str) -> Case:
+    """One layer against the statistics of one style."""
+
+    def inputs(device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+        x = feature_map(shape, dtype, layout, device, generator, requires_grad=True)
+        statistics = torch.rand(2, 1, shape[1], device=device, generator=generator)
+        return (x, *statistics)
+
+    def with_fastgan(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return fastgan.adain_style_loss(x, fastgan.InstanceStats(mean, std))
+
+    features = torch.Size(shape).numel() * dtype.itemsize
+    return Case(
+        op="adain_style_loss",
+        shape="x".join(map(str, shape)),
+        dtype=str(dtype).removeprefix("torch."),
+        layout=layout,
+        mode=mode,
+        inputs=inputs,
+        exact=reference.adain_style_loss,
+        variants=(
+            eager("reference", reference.adain_style_loss),
+            eager("public", style_loss_public),
+            compiled(reference.adain_style_loss),
+            fused(with_fastgan),
+        ),
+        bytes=features * (1 if mode == "forward" else 1 + 2),
+        precision=dtype,
+    )
+
+
+def style_loss_public(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """As in most public implementations: two mean squared errors of two reductions."""
+    flat = x.flatten(2)
+    own_mean, own_std = flat.mean(dim=2), (flat.var(dim=2) + EPS).sqrt()
+    mean, std = mean.expand_as(own_mean), std.expand_as(own_std)
+    return F.mse_loss(own_mean.float(), mean) + F.mse_loss(own_std.float(), std)
 
 
 # --- Instance norm ------------------------------------------------------------------------------
