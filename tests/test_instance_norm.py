@@ -437,6 +437,15 @@ def test_walk_reads_what_it_can_in_place() -> None:
         assert _common.readable(t)[0] is not t
 
 
+def test_explain_names_a_copy(device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 6, device=device)
+    copied = fg.explain(fg.instance_norm, x[..., 1:], impl="triton")
+    assert copied.note == "copies an input once: [2, 3, 4, 5], strides (72, 24, 6, 1)"
+    assert str(copied).endswith(copied.note)
+    assert fg.explain(fg.adain, x, x[:, :, 1:], impl="triton").note is None
+    assert fg.explain(fg.instance_norm, x[..., 1:], impl="reference").note is None
+
+
 def test_float64_and_cpu_are_refused_with_the_reason(device: torch.device) -> None:
     x = torch.randn(1, 2, 3, 3, device=device)
     with pytest.raises(fg.ImplUnavailableError, match="float64 runs on the reference path"):

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -181,14 +181,19 @@ def choose(
     *,
     cannot: Mapping[str, str | None] = _NO_REASONS,
     slower: Mapping[str, str | None] = _NO_REASONS,
+    note: Callable[[str], str | None] | None = None,
 ) -> str:
     """The implementation that runs this call of ``op``.
 
     ``cannot`` gives, per implementation, why it cannot run a call of this dtype, shape or layout;
-    ``slower`` why it should not be the automatic choice although it could.
+    ``slower`` why it should not be the automatic choice although it could; ``note`` says what else
+    :func:`explain` should tell of the implementation chosen.
     """
     if _state.explaining:
-        raise _Explained(_explanation(op, family, impl, device, cannot, slower))
+        explanation = _explanation(op, family, impl, device, cannot, slower)
+        if note is not None and explanation.impl is not None:
+            explanation = replace(explanation, note=note(explanation.impl))
+        raise _Explained(explanation)
     requested = impl or _state.choices.get(family) or _FROM_ENVIRONMENT.get(family)
     if requested is not None:
         reason = _obstacle(op, family, requested, device, cannot)
@@ -244,11 +249,15 @@ class Explanation:
     """The implementation that would run; None if the call would raise ImplUnavailableError."""
     reasons: dict[str, str]
     """For each other implementation, why it would not run."""
+    note: str | None = None
+    """What the call would do beside its work, such as a copy of an input."""
 
     def __str__(self) -> str:
         runs = f"runs {self.impl}" if self.impl else "cannot run"
         lines = [f"{self.op}: {runs}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        if self.note:
+            lines.append(f"  note: {self.note}")
         return "\n".join(lines)
 
 

@@ -1,12 +1,13 @@
 """Statistics of each image's channels, and the ops built on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgan import reference
+from fastgan.kernels._common import walk
 from fastgan.ops import _checks, _dispatch, _instance_norm, _layout
 
 ACTIVATIONS = (None, "relu", "leaky_relu")
@@ -52,7 +53,7 @@ def instance_stats(
     op = "instance_stats"
     _checks.feature_map(op, "x", x, ranks=(3, 4))
     _check_variance(op, "x", x, eps, correction)
-    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x), note=_copied(x))
     if impl != "reference":
         return InstanceStats(*_instance_norm.stats(x, eps, correction, impl))
     with torch.autocast(x.device.type, enabled=False):
@@ -114,7 +115,7 @@ def instance_norm(
     _check_residual(op, residual, x)
     _check_reflect_pad(op, reflect_pad, x)
     _checks.positions(op, "x", x, 0)
-    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x), note=_copied(x))
     if impl != "reference":
         slope = {None: 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
         return _instance_norm.norm(
@@ -176,7 +177,14 @@ def adain(
     else:
         _check_stats(op, "style", style, "content", content)
     _check_alpha(op, alpha, content)
-    impl = _dispatch.choose(op, "instance_norm", impl, content.device, cannot=_cannot(content))
+    impl = _dispatch.choose(
+        op,
+        "instance_norm",
+        impl,
+        content.device,
+        cannot=_cannot(content),
+        note=_copied(content, style),
+    )
     if impl != "reference":
         alphas, alpha = (alpha, 1.0) if isinstance(alpha, Tensor) else (None, float(alpha))
         if isinstance(style, Tensor):
@@ -244,7 +252,9 @@ def adain_style_loss(
         _checks.same_device(op, name, x, "features[0]", feature_list[0])
     device = feature_list[0].device
     cannot = next(filter(None, map(_cannot, feature_list)), {})
-    impl = _dispatch.choose(op, "instance_norm", impl, device, cannot=cannot)
+    impl = _dispatch.choose(
+        op, "instance_norm", impl, device, cannot=cannot, note=_copied(*feature_list)
+    )
     if impl != "reference":
         total: Any = None
         for x, target, weight in zip(feature_list, target_list, weight_list, strict=True):
@@ -295,7 +305,7 @@ def reflection_pad2d(
             f"{op}: padding must be at least 0 and less than width (left, right) and height "
             f"(top, bottom) of x, {_checks.shape(x)}, got {tuple(padding)}"
         )
-    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x))
+    impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x), note=_copied(x))
     if impl != "reference":
         return _instance_norm.reflection_pad2d(x, *padding, impl)
     return _layout.padded_like(reference.reflection_pad2d(x, padding), x)
@@ -308,6 +318,19 @@ def _cannot(x: Tensor) -> dict[str, str | None]:
     if x.dtype == torch.float64:
         return {"triton": "computes in float32; float64 runs on the reference path"}
     return {}
+
+
+def _copied(*inputs: Any) -> Callable[[str], str | None]:
+    """For explain(): which inputs a kernel copies before it can walk over their planes."""
+
+    def note(impl: str) -> str | None:
+        if impl != "triton":
+            return None
+        maps = [x for x in inputs if isinstance(x, Tensor)]
+        copied = [f"{_checks.shape(x)}, strides {x.stride()}" for x in maps if walk(x) is None]
+        return f"copies an input once: {'; '.join(copied)}" if copied else None
+
+    return note
 
 
 def _check_variance(op: str, name: str, x: Tensor, eps: float, correction: int) -> None:
