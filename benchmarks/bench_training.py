@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import fastgan
 from fastgan.device import Precision
-from fastgan.recipes import recipe_class
+from fastgan.recipes import Recipe, recipe_class
 from fastgan.training.engine import EagerEngine
 from fastgan.training.engines import EngineName, make_engine
 from harness import Case, Report, Variant
@@ -68,7 +69,8 @@ CYCLEGAN_SETTINGS = {
 
 def cases(sizes: str) -> Iterator[Case]:
     for setting in CYCLEGAN_SETTINGS[sizes]:
-        yield step_case(setting, lambda s=setting: PlainStep(s), plain_variants(setting))
+        variants = chain(plain_variants(setting), engine_variants(setting))
+        yield step_case(setting, lambda s=setting: PlainStep(s), variants)
     for setting in SETTINGS[sizes]:
         yield step_case(
             setting, lambda s=setting: RecipeStep(s, reference=True), recipe_variants(setting)
@@ -110,12 +112,13 @@ def plain_variants(setting: Setting) -> Iterator[Variant]:
     if setting.autocast is not None:
         yield Variant(f"public {mixed}", "eager", lambda: PlainStep(setting))
     yield Variant(f"public {mixed} channels_last", "eager", lambda: PlainStep(setting, tuned=True))
-    yield Variant(
-        "torch.compile reduce-overhead",
-        "compile",
-        lambda: PlainStep(setting, tuned=True, compiled=True),
-        replays=True,
-    )
+    if setting.autocast is not None:  # minutes of compilation, for CUDA graphs
+        yield Variant(
+            "torch.compile reduce-overhead",
+            "compile",
+            lambda: PlainStep(setting, tuned=True, compiled=True),
+            replays=True,
+        )
     yield Variant("convert()", "fastgan", lambda: PlainStep(setting, tuned=True, converted=True))
 
 
@@ -160,8 +163,7 @@ class PlainStep:
             model = model.to(memory_format=torch.channels_last)
         model.prepare(self._autocast if images.dtype == torch.float32 else None, fused=self._tuned)
         if self._compiled:
-            networks: list[nn.Module] = [model.a_to_b, model.b_to_a, model.judge_a, model.judge_b]
-            for network in networks:
+            for network in plain_networks(model):
                 network.compile(mode="reduce-overhead", dynamic=False)
         self._model, self._ready = model, True
 
@@ -170,11 +172,15 @@ class PlainStep:
 
 
 def recipe_variants(setting: Setting) -> Iterator[Variant]:
-    """Every engine; the graph engine where the setting is one for a GPU."""
     yield Variant("reference path", "eager", lambda: RecipeStep(setting, reference=True))
+    yield from engine_variants(setting)
+
+
+def engine_variants(setting: Setting) -> Iterator[Variant]:
+    """Every engine where the setting is one for a GPU, else the eager one."""
     yield Variant("fastgan", "fastgan", lambda: RecipeStep(setting))
-    yield Variant("fastgan compile", "fastgan", lambda: RecipeStep(setting, "compile"))
     if setting.autocast is not None:
+        yield Variant("fastgan compile", "fastgan", lambda: RecipeStep(setting, "compile"))
         yield Variant(
             "fastgan graph", "fastgan", lambda: RecipeStep(setting, "graph"), replays=True
         )
@@ -188,9 +194,15 @@ class RecipeStep:
     ) -> None:
         kind = recipe_class(setting.recipe)
         first = next(iter(kind.presets.values())).config
+        config = recipe_config(setting) if setting.recipe == "cyclegan" else setting.config
         with seeded():
-            self._recipe = kind(dataclasses.replace(first, **setting.config))
+            self._recipe = kind(dataclasses.replace(first, **config))
             self._recipe.begin_training(setting.size)
+        if setting.recipe == "cyclegan":
+            with seeded():
+                copy_weights(
+                    plain_networks(CycleGAN(**setting.config)), recipe_networks(self._recipe)
+                )
         self._setting = setting
         self._reference = reference
         self._name: EngineName = engine
@@ -224,6 +236,40 @@ class RecipeStep:
         precision = self._setting.precision if images.dtype == torch.float32 else "fp32"
         with warnings_as_errors():
             return make_engine(self._name, recipe, device, precision, ema_decay=0.999)
+
+
+def recipe_config(setting: Setting) -> dict[str, Any]:
+    """The sizes of a plain CycleGAN as the recipe calls them."""
+    names = {"width": ("width", "discriminator_width"), "blocks": ("residual_blocks",)}
+    return {name: value for key, value in setting.config.items() for name in names[key]}
+
+
+def plain_networks(model: CycleGAN) -> list[nn.Module]:
+    return [model.a_to_b, model.b_to_a, model.judge_a, model.judge_b]
+
+
+def recipe_networks(recipe: Recipe) -> list[nn.Module]:
+    """The same networks in a CycleGAN recipe."""
+    generators, judges = (recipe.get_submodule(x) for x in ("generators", "discriminators"))
+    return [
+        *(generators.get_submodule(direction) for direction in ("AtoB", "BtoA")),
+        *(judges.get_submodule(domain) for domain in ("A", "B")),
+    ]
+
+
+@torch.no_grad()
+def copy_weights(sources: list[nn.Module], targets: list[nn.Module]) -> None:
+    """Between networks of the same convolutions in the same order; idle biases may be missing."""
+    for source, target in zip(sources, targets, strict=True):
+        for layer, into in zip(convolutions(source), convolutions(target), strict=True):
+            into.weight.copy_(layer.weight)
+            if into.bias is not None:
+                into.bias.copy_(layer.bias)
+
+
+def convolutions(network: nn.Module) -> list[nn.Module]:
+    kinds = nn.Conv2d | nn.ConvTranspose2d
+    return [module for module in network.modules() if isinstance(module, kinds)]
 
 
 class _Raises(logging.Handler):

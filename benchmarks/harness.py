@@ -122,7 +122,7 @@ class Effort:
 
 EFFORTS = {
     "tiny": Effort(1e-4, (3, 5), 0.05),
-    "cpu": Effort(5e-3, (7, 40), 4.0),
+    "cpu": Effort(5e-3, (9, 40), 3.0),
     "gpu": Effort(2e-3, (15, 60), 1.5),
 }
 

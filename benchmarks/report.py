@@ -40,7 +40,8 @@ a CPU, `make gpu-bench` an NVIDIA GPU (`PART=gram` one part of it; a run that wa
   allow fastgan.
 - **Eager** is the fastest of several forms: fastgan's reference path, the form public code uses,
   the best that PyTorch's own kernels do. The name in the cell says which. **torch.compile** is the
-  faster of its default and max-autotune modes, where both were measured.
+  faster of its default and max-autotune modes, where both were measured (max-autotune on GPUs, for
+  what it can tune); whole training steps are compiled on GPUs only.
 - **Times** are medians of rounds in which all variants take turns; ± is half the distance between
   the quartiles. On a GPU they are device time, from replaying a CUDA graph whose calls turn through
   inputs twice the size of the L2 cache, unless the column says host: that is time per call with the
