@@ -405,7 +405,7 @@ def instance_norm_fwd_kernel(
     residual,  # [B, C, HW], dense, or None
     weight,  # [C] or [B, C] by weight_stride, or None
     bias,  # [C] or [B, C] by bias_stride, or None
-    alpha,  # a number or [B]; with BLEND y is alpha of the result and 1 - alpha of x
+    alpha,  # a number or [B]; with BLEND alpha of what is normalised and 1 - alpha of x
     partials,  # [1 + 2 splits, planes] with SPLIT, else None
     centre,  # [planes] mean less the plane's first pixel
     rstd,  # [planes]

@@ -124,9 +124,9 @@ stats_backward = _library.define(
 
 
 # --- Instance norm, and AdaIN with given statistics ---------------------------------------------
-# y = alpha (act(normalised x * weight + bias) + residual) + (1 - alpha) x, padded; weight and bias
-# are [C], [1, C] or [B, C], the slope of the activation below zero is 1 where there is none. AdaIN
-# is weight = style std, bias = style mean. alphas, [B], stand in for alpha where they are given.
+# y = pad(act(alpha (normalised x * weight + bias) + (1 - alpha) x) + residual); weight and bias are
+# [C], [1, C] or [B, C], the slope of the activation below zero is 1 where there is none. AdaIN is
+# weight = style std, bias = style mean. alphas, [B], stand in for alpha where they are given.
 
 
 def _allocate_norm(
