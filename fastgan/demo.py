@@ -126,7 +126,10 @@ def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = Fal
     _save_grid(out / "grid.png", content, styles, results)
     _save_alpha(out / "alpha.png", recipe, content, styles)
     _save_curves(out / "curves.png", config.output.out / "losses.jsonl")
-    numbers = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    numbers = {
+        "steps": steps,
+        "styles": {name: dataclasses.asdict(score) for name, score in scores.items()},
+    }
     (out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     return Demo(
         grid=out / "grid.png",

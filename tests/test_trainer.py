@@ -425,11 +425,15 @@ class TestGuards:
         assert signal.getsignal(signum) is before
 
     def test_a_second_signal_acts_at_once(self) -> None:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signals.received == signal.SIGINT
-            with pytest.raises(KeyboardInterrupt):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+        try:
+            with StopSignals() as signals:
                 os.kill(os.getpid(), signal.SIGINT)
+                assert signals.received == signal.SIGINT
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_full_disk(
         self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
