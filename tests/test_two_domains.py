@@ -161,6 +161,15 @@ def test_autocast_leaves_losses_in_fp32(kind: type[TwoDomainRecipe]) -> None:
     assert values[torch.bfloat16] != values[None]
 
 
+def test_a_schedule_that_ends_before_the_steps_do_is_said(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps, said in ((6, False), (7, True)):  # three epochs of two steps
+        flags = ["--epochs", "2", "--epochs-decay", "1", "--steps", str(steps)]
+        assert train("cyclegan", data, tmp_path / str(steps), *flags) == 0
+        assert ("cyclegan ends after 6 steps here, of which 2 are" in caplog.text) == said
+
+
 @pytest.mark.parametrize("kind", EVERY)
 def test_a_training_does_not_grow(kind: type[TwoDomainRecipe]) -> None:
     recipe = kind(tiny_config(kind))

@@ -61,7 +61,7 @@ class CycleGANConfig(RecipeConfig):
     epochs: int = 100
     """Epochs at the full learning rate."""
     epochs_decay: int = 100
-    """Epochs after them in which it falls to 0, linearly."""
+    """Epochs after them in which it falls, linearly; then it is 0."""
 
 
 @dataclasses.dataclass
@@ -94,7 +94,14 @@ class CycleGAN(TwoDomainRecipe):
     presets: ClassVar[Mapping[str, Preset]] = {
         "base": Preset(CycleGANConfig(), size=256, batch_size=1, resize=286),
         "lite": Preset(
-            CycleGANConfig(width=24, residual_blocks=4, discriminator_width=24, lr=4e-4),
+            CycleGANConfig(
+                width=24,
+                residual_blocks=4,
+                discriminator_width=24,
+                lr=4e-4,
+                epochs=500,  # of a small folder, which has few steps each
+                epochs_decay=500,
+            ),
             size=128,
             batch_size=2,
             resize=143,

@@ -90,6 +90,7 @@ class Trainer:
             )
         self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
         """Updates in all."""
+        self._warn_of_idle_steps()
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
         self._rng = rng_state(self._device)
@@ -265,6 +266,20 @@ class Trainer:
         return (
             f"{training.batch_size} pictures of {self.config.augmentation.size} px of each kind in "
             f"{self._precision} on {self._device}; a smaller --batch-size or --size{half} will help"
+        )
+
+    def _warn_of_idle_steps(self) -> None:
+        """A schedule in epochs may end long before the steps do, where a folder is small."""
+        per_epoch = self._stream.steps_per_epoch
+        if any(self.recipe.lr_factor(p, self.steps - 1, per_epoch) for p in self.recipe.phases):
+            return
+        log.warning(
+            "the learning rate falls to 0 before step %d: the schedule of %s ends after %d steps "
+            "here, of which %d are an epoch; a flag of the recipe stretches it",
+            self.steps,
+            self.recipe.name,
+            self.recipe.default_steps(per_epoch),
+            per_epoch,
         )
 
     def _write_settings(self) -> None:
