@@ -432,6 +432,8 @@ def measure(
 ) -> dict[str, Record]:
     """A record for each named variant: ``wrong`` or ``failed`` with the reason, or its times."""
     torch.compiler.reset()  # a limit on recompilations would turn later cases to dynamic shapes
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the graphs of the case before held
     with torch.set_grad_enabled(case.mode != "forward"):
         return _measure(case, names, device, effort)
 
