@@ -57,8 +57,8 @@ def library(name: str, function: Function) -> Variant:
     return Variant(name, "library", lambda: function)
 
 
-def fused(function: Function, name: str = "fastgan") -> Variant:
-    return Variant(name, "fastgan", lambda: function)
+def fused(function: Function) -> Variant:
+    return Variant("fastgan", "fastgan", lambda: function)
 
 
 def compiled(function: Function, *, tune: bool = False) -> Variant:
