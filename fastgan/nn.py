@@ -130,7 +130,7 @@ class GramStyleLoss(nn.Module):
     """:func:`fastgan.style_loss` that keeps the Gram matrices of a style.
 
     ``loss = GramStyleLoss(); loss.set_style(extractor(style)); loss(extractor(image))``. The
-    targets are buffers: they move with the module and are saved with it.
+    targets are buffers: they move with the module, are saved with it and loaded into another.
 
     Args:
         normalize: as in :func:`fastgan.gram_matrix`.
@@ -147,12 +147,23 @@ class GramStyleLoss(nn.Module):
     def set_style(self, features: Tensor | Sequence[Tensor]) -> None:
         """Compute and keep the targets from the style's features, one map or a list of layers."""
         layers = _checks.layers("GramStyleLoss.set_style", "features", features)
-        for index in range(len(layers), self._layers):
+        self._keep([gram_matrix(layer, normalize=self.normalize) for layer in layers])
+
+    def _keep(self, targets: list[Tensor]) -> None:
+        for index in range(len(targets), self._layers):
             delattr(self, f"target{index}")
-        self._layers = len(layers)
-        for index, layer in enumerate(layers):
-            target = gram_matrix(layer, normalize=self.normalize)
+        self._layers = len(targets)
+        for index, target in enumerate(targets):
             self.register_buffer(f"target{index}", target)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Make room for the targets of the style that was saved, whatever is kept now."""
+        targets: list[Tensor] = []
+        while (name := f"{prefix}target{len(targets)}") in state_dict:
+            targets.append(torch.empty_like(state_dict[name]))
+        if targets:
+            self._keep(targets)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         if self._layers == 0:

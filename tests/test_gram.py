@@ -545,3 +545,31 @@ def test_autocast_changes_nothing(device: torch.device) -> None:
         under_autocast = everything()
     assert [x.dtype for x in under_autocast] == [torch.float32] * 2 + [torch.float16] * 2
     assert all(torch.equal(a, b) for a, b in zip(under_autocast, expected, strict=True))
+
+
+# --- The module ---------------------------------------------------------------------------------
+
+
+def test_a_kept_style_is_saved_and_loaded(device: torch.device) -> None:
+    layers = [features((1, c, 4, 4), torch.float32, device).detach() for c in (3, 5)]
+    saved = fg.nn.GramStyleLoss()
+    saved.set_style(layers)
+    fresh, other = fg.nn.GramStyleLoss(), fg.nn.GramStyleLoss()
+    other.set_style([layers[1], layers[1], layers[0]])
+    for module in (fresh, other):
+        holder = torch.nn.ModuleDict({"style": module})
+        holder.load_state_dict(torch.nn.ModuleDict({"style": saved}).state_dict())
+        assert torch.equal(module([x * 2 for x in layers]), saved([x * 2 for x in layers]))
+    assert set(other.state_dict()) == {"target0", "target1"}
+
+
+def test_the_module_passes_gradients_to_features_alone(device: torch.device) -> None:
+    x = features((2, 3, 4, 4), torch.float32, device)
+    module = fg.nn.GramStyleLoss().to(device)
+    module.set_style(x)
+    assert not module.get_buffer("target0").requires_grad
+    with fg.use_impl(gram="triton"):
+        (grad,) = torch.autograd.grad(module(2 * x), x)
+    (exact_x,) = exactly([x])
+    exact = fg.style_loss(2 * exact_x, module.get_buffer("target0").double())
+    assert_close(grad, torch.autograd.grad(exact, exact_x)[0])
