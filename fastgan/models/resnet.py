@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import ReflectionPad2d
 
 from fastgan.models.init import normal_init
+from fastgan.nn import ReflectionPad2d
 from fastgan.ops.instance_norm import instance_norm
 
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import ReflectionPad2d
 
 from fastgan.models.init import kaiming_init, normal_init
 from fastgan.models.resnet import ResidualBlocks
+from fastgan.nn import ReflectionPad2d
 from fastgan.ops.instance_norm import instance_norm, instance_stats
 
 
