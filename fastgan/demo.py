@@ -113,7 +113,7 @@ def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = Fal
     trainer.train()
     seconds = time.perf_counter() - started
 
-    checkpoint = config.output.out / "latest.safetensors"
+    checkpoint = trainer.folder.checkpoint(trainer.step)
     recipe = load_recipe(checkpoint)
     content = _load(out / "cat.png")
     styles = {path.stem: _load(path) for path in sorted((out / "style").iterdir())}
