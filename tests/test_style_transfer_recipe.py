@@ -59,6 +59,7 @@ def test_textbook_objective_equals_the_written_formulas():
         weight_content=0.7,
         weight_style=30.0,
         weight_adversarial=0.2,
+        weight_texture=9.0,
         weight_identity=9.0,
         weight_statistics=9.0,
         weight_variation=9.0,
@@ -97,13 +98,22 @@ def test_textbook_objective_equals_the_written_formulas():
 # --- Default objective --------------------------------------------------------------------------
 
 
-def test_relative_style_loss_is_one_where_black_pictures_would_be():
+def test_relative_style_loss_is_squared_distance_over_squared_norm():
     recipe, batch = prepare(weight_style=2.0)
     scratch = recipe.begin_step(batch)
     distances = gram_distances(recipe, batch, scratch.fake).sum(2)
     expected = (distances[:, 0] / distances[:, 1]).sum()
     terms = recipe.losses("generator", batch, scratch)
     assert_close(terms["style"], torch.tensor(2.0 * expected))
+
+
+def test_texture_loss_is_the_style_loss_of_grey_pictures():
+    recipe, batch = prepare(weight_texture=3.0)
+    scratch = recipe.begin_step(batch)
+    distances = gram_distances(recipe, {"style": grey(batch["style"])}, grey(scratch.fake)).sum(2)
+    expected = (distances[:, 0] / distances[:, 1]).sum()
+    terms = recipe.losses("generator", batch, scratch)
+    assert_close(terms["texture"], torch.tensor(3.0 * expected))
 
 
 def test_absolute_style_loss():
@@ -117,8 +127,9 @@ def test_absolute_style_loss():
 def test_grey_content_loss_leaves_brightness_contrast_and_tint_to_the_style():
     recipe, batch = prepare()
     tinted = batch["content"] * 0.4 + torch.tensor([0.3, 0.0, -0.2]).view(1, 3, 1, 1)
-    same = recipe._content_loss(batch["content"], tinted, [])
-    other = recipe._content_loss(batch["content"], batch["style"], [])
+    features, others = (recipe.extractor(grey(images)) for images in (tinted, batch["style"]))
+    same = recipe._content_loss(batch["content"], tinted, features)
+    other = recipe._content_loss(batch["content"], batch["style"], others)
     assert same < 1e-4 * other
     coloured, batch = prepare(content_grey=False)
     features = coloured.extractor(tinted)
@@ -179,7 +190,7 @@ def test_optional_terms_equal_their_definitions():
 
 
 def test_terms_without_weight_are_not_computed():
-    recipe, batch = prepare(weight_reconstruction=0.0)
+    recipe, batch = prepare(weight_reconstruction=0.0, weight_texture=0.0)
     assert list(generator_terms(recipe, batch)) == ["content", "style", "adversarial"]
 
 
@@ -202,7 +213,7 @@ def test_phases_train_their_own_networks_alone():
 
 def test_training_brings_results_nearer_to_the_style_and_keeps_content():
     """Judged by other random features than those it was trained against, texture apart too."""
-    recipe, _ = prepare(width=8, weight_adversarial=0.0, weight_style=20.0)
+    recipe, _ = prepare(width=8, weight_adversarial=0.0)
     recipe.float()
     content = F.interpolate(torch.rand(2, 3, 6, 6), scale_factor=8, mode="bilinear") * 2 - 1
     stripes = torch.arange(48).div(3, rounding_mode="floor") % 2 * 2.0 - 1

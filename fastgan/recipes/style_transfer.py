@@ -63,7 +63,7 @@ class StyleTransferRecipeConfig(RecipeConfig):
     content_reduction: Literal["mean", "channels"] = "mean"
     """mean: squared error; channels: summed over feature maps and divided by their number."""
     style_scale: Literal["absolute", "relative"] = "relative"
-    """relative: the Gram loss of each layer is divided by what black pictures would have."""
+    """relative: each layer's squared distance is divided by the squared norm of its targets."""
     gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "bce"
     """Form of the adversarial losses."""
     saturating: bool = False
@@ -75,6 +75,9 @@ class StyleTransferRecipeConfig(RecipeConfig):
     """Weight of the content loss."""
     weight_style: float = 5.0
     """Weight of the Gram loss."""
+    weight_texture: float = 2.0
+    """Weight of the Gram loss of grey pictures of one brightness and contrast, where the style's
+    colours gain nothing."""
     weight_adversarial: float = 0.5
     """Weight of the generator's adversarial loss."""
     weight_reconstruction: float = 5.0
@@ -99,6 +102,12 @@ class StyleTransferRecipeConfig(RecipeConfig):
     beta2: float = 0.999
     """Adam's decay of the mean squared gradient."""
 
+    @property
+    def sees_grey(self) -> bool:
+        """Whether the extractor is shown grey results."""
+        content = self.content_grey and self.content_features == "extractor"
+        return content or self.weight_texture > 0
+
 
 _TEXTBOOK: dict[str, Any] = {
     "content_features": "extractor",
@@ -108,6 +117,7 @@ _TEXTBOOK: dict[str, Any] = {
     "gan_mode": "bce",
     "saturating": True,
     "label_smoothing": 0.0,
+    "weight_texture": 0.0,
     "weight_reconstruction": 0.0,
     "weight_identity": 0.0,
     "weight_statistics": 0.0,
@@ -212,16 +222,23 @@ class StyleTransfer(Recipe):
             )
             return {"discriminator": loss}
         features = self.extractor(fake)
+        grey_features = self.extractor(grey(fake)) if goal.sees_grey else []
         with torch.no_grad():
             style_features = self.extractor(style)
+        seen = grey_features if goal.content_grey else features
         terms = {
-            "content": goal.weight_content * self._content_loss(content, fake, features),
+            "content": goal.weight_content * self._content_loss(content, fake, seen),
             "style": goal.weight_style * self._style_loss(features, style_features),
             "adversarial": goal.weight_adversarial
             * generator_loss(
                 self.discriminator(fake), mode=goal.gan_mode, saturating=goal.saturating
             ),
         }
+        if goal.weight_texture > 0:
+            with torch.no_grad():
+                grey_style_features = self.extractor(grey(style))
+            texture = self._style_loss(grey_features, grey_style_features)
+            terms["texture"] = goal.weight_texture * texture
         if goal.weight_reconstruction > 0:
             corner = _corner(content)
             decoded = self.generator.decoder(self.generator.content_encoder(corner))
@@ -246,10 +263,8 @@ class StyleTransfer(Recipe):
             return content_loss(
                 instance_norm(encode(fake)), target, reduction=goal.content_reduction
             )
-        if goal.content_grey:
-            content, features = grey(content), self.extractor(grey(fake))
         with torch.no_grad():
-            targets = self.extractor(content)
+            targets = self.extractor(grey(content) if goal.content_grey else content)
         return content_loss(
             [features[layer] for layer in goal.content_layers],
             [targets[layer] for layer in goal.content_layers],
@@ -261,7 +276,6 @@ class StyleTransfer(Recipe):
             grams = [gram_matrix(f) for f in style_features]
         if self._goal.style_scale == "absolute":
             return style_loss(features, grams)
-        # of black pictures: the loss against Gram matrices of zeros
         scales = [gram.square().sum() / (4 * gram.shape[0]) for gram in grams]
         losses = [style_loss(f, g) / s for f, g, s in zip(features, grams, scales, strict=True)]
         return torch.stack(losses).sum()
