@@ -43,4 +43,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("instance_stats_bwd", &fastgan::instance_stats_bwd, without_gil);
   m.def("instance_norm_fwd", &fastgan::instance_norm_fwd, without_gil);
   m.def("instance_norm_bwd", &fastgan::instance_norm_bwd, without_gil);
+  m.def("reflection_pad2d_fwd", &fastgan::reflection_pad2d_fwd, without_gil);
+  m.def("reflection_pad2d_bwd", &fastgan::reflection_pad2d_bwd, without_gil);
 }

@@ -70,6 +70,15 @@ Map readable(const Tensor& x, bool channels_last) {
 
 Map readable(const Tensor& x) { return readable(x, !map_of(x, false) && map_of(x, true)); }
 
+// The same, and without gaps.
+Map dense(const Tensor& x, bool channels_last) {
+  const auto map = map_of(x, channels_last);
+  if (map && x.is_non_overlapping_and_dense()) return *map;
+  Map copy = buffer_for(x, channels_last);
+  copy.tensor.copy_(x);
+  return copy;
+}
+
 // The tensor itself if it lies that way without gaps, else a buffer, for store() to copy.
 Map writable(const Tensor& y, bool channels_last) {
   const auto map = map_of(y, channels_last);
@@ -80,24 +89,39 @@ void store(const Map& written, const Tensor& y) {
   if (!written.tensor.is_same(y)) y.copy_(written.tensor);
 }
 
-Rows rows_of(const Map& image, int64_t pad) {
-  const Tensor& x = image.tensor;
-  return {x.size(2), x.size(3), image.channels_last ? image.C : 1, pad};
+// --- Reflection padding -------------------------------------------------------------------------
+
+Rows rows_of(const Map& x, const Padding& padding) {
+  const auto [left, right, top, bottom] = padding;
+  const int64_t run = x.channels_last ? x.C : 1;
+  return {x.tensor.size(2), x.tensor.size(3), run, left, right, top, bottom};
+}
+
+// Calls body(x, padded, h) for every row h of every image of a map, with the image's and the padded
+// image's memory; both maps are without gaps.
+template <typename Body>
+void for_each_row(const Map& x, const Map& padded, const Rows& rows, const Body& body) {
+  const int64_t images = x.channels_last ? x.B : x.planes();
+  const int64_t padded_rows = rows.top + rows.H + rows.bottom;
+  for_each(images * rows.H, rows.size(), [&](int64_t i) {
+    const int64_t image = i / rows.H;
+    body(x.data + image * rows.H * rows.size(),
+         padded.data + image * rows.padded_begin(padded_rows), i % rows.H);
+  });
+}
+
+void pad(const Map& x, const Map& y, const Rows& rows) {
+  for_each_row(x, y, rows, [&](const float* image, float* padded, int64_t h) {
+    std::copy_n(image + h * rows.size(), rows.size(), padded + rows.inner_begin(h));
+    mirror_row(padded, h, rows);
+  });
 }
 
 // The gradient of an image from that of the padded image.
-Map fold(const Tensor& grad, const Map& x, int64_t pad) {
-  Map padded = writable(grad, x.channels_last);
-  if (!padded.tensor.is_same(grad)) padded.tensor.copy_(grad);
-  const Map folded = buffer_for(x.tensor, x.channels_last);
-  const Rows rows = rows_of(x, pad);
-  const int64_t images = x.channels_last ? x.B : x.planes();
-  for_each(images * rows.H, rows.begin(1), [&](int64_t i) {
-    const int64_t image = i / rows.H;
-    fold_row(padded.data + image * rows.begin_padded(rows.H + 2 * pad),
-             folded.data + image * rows.begin(rows.H), i % rows.H, rows);
+void fold(const Map& grad, const Map& grad_x, const Rows& rows) {
+  for_each_row(grad_x, grad, rows, [&](float* image, const float* padded, int64_t h) {
+    fold_row(padded, image, h, rows);
   });
-  return folded;
 }
 
 // --- Channels_last: chunks of positions of a group of images -------------------------------------
@@ -190,42 +214,45 @@ struct SlopeTable {
 
 // --- Weight, bias, alpha ------------------------------------------------------------------------
 
-// [C], [1, C] or [B, C], or absent: then one number for all planes.
+// [C], [1, C] or [B, C]; where there is none, one number for all planes.
 class PerPlane {
  public:
-  PerPlane(const OptionalTensor& values, float absent, int64_t C) : absent_(absent), C_(C) {
-    if (values) values_ = values->to(at::kFloat).contiguous();
+  PerPlane(const OptionalTensor& values, double otherwise, int64_t C)
+      : otherwise_(static_cast<float>(otherwise)), C_(C) {
+    if (!values) return;
+    tensor_ = values->to(at::kFloat).contiguous();
+    values_ = tensor_.const_data_ptr<float>();
+    shared_ = tensor_.numel() == C;
   }
   float operator[](int64_t plane) const {
-    if (!values_.defined()) return absent_;
-    return values_.const_data_ptr<float>()[values_.numel() > C_ ? plane : plane % C_];
+    return values_ ? values_[shared_ ? plane % C_ : plane] : otherwise_;
   }
 
  private:
-  Tensor values_;
-  float absent_;
+  Tensor tensor_;
+  const float* values_ = nullptr;
+  bool shared_ = false;
+  float otherwise_;
   int64_t C_;
 };
 
 struct Parameters {
-  PerPlane weight, bias;
-  Tensor alpha;  // [1] or [B]
-  int64_t C;
+  PerPlane weight, bias, alpha;
 
-  Parameters(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& alpha,
-             const Map& x)
-      : weight(weight, 1, x.C),
-        bias(bias, 0, x.C),
-        alpha(alpha.to(at::kFloat).contiguous()),
-        C(x.C) {}
+  Parameters(const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& alphas,
+             double alpha, const Map& x)
+      : weight(weight, 1, x.C), bias(bias, 0, x.C), alpha(of_planes(alphas, x), alpha, x.C) {}
 
-  float alpha_of(int64_t plane) const {
-    return alpha.const_data_ptr<float>()[alpha.numel() > 1 ? plane / C : 0];
-  }
   Affine affine_of(int64_t plane, float shift, float centre, float rstd) const {
-    const float a = alpha_of(plane);
+    const float a = alpha[plane];
     return {shift, centre, a * weight[plane] * rstd + (1 - a),
             a * bias[plane] + (1 - a) * (shift + centre)};
+  }
+
+ private:
+  static OptionalTensor of_planes(const OptionalTensor& alphas, const Map& x) {  // [B] -> [B, C]
+    if (!alphas) return {};
+    return alphas->unsqueeze(1).expand({x.B, x.C});
   }
 };
 
@@ -290,12 +317,12 @@ void instance_stats_bwd(const Tensor& x_, Tensor grad_x_, const OptionalTensor& 
 
 void instance_norm_fwd(const Tensor& x_, Tensor y_, Tensor centre_, Tensor rstd_,
                        const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& residual_, const Tensor& alpha, double slope_,
-                       int64_t pad, double eps, int64_t correction) {
+                       const OptionalTensor& residual_, const OptionalTensor& alphas, double alpha,
+                       double slope_, int64_t pad, double eps, int64_t correction) {
   const Map x = readable(x_), y = writable(y_, x.channels_last);
   const Map residual = residual_ ? readable(*residual_, x.channels_last) : x;
-  const Parameters parameters(weight, bias, alpha, x);
-  const Rows rows = rows_of(x, pad);
+  const Parameters parameters(weight, bias, alphas, alpha, x);
+  const Rows rows = rows_of(x, {pad, pad, pad, pad});
   const auto slope = static_cast<float>(slope_);
   const auto dof = static_cast<double>(x.HW - correction);
   auto *centre = centre_.mutable_data_ptr<float>(), *rstd = rstd_.mutable_data_ptr<float>();
@@ -321,7 +348,7 @@ void instance_norm_fwd(const Tensor& x_, Tensor y_, Tensor centre_, Tensor rstd_
         const int64_t step = pad ? rows.W : end - begin;
         for (int64_t p = begin; p < end; p += step) {
           const int64_t h = p / rows.W;
-          float* out = pad ? y.image(b) + rows.begin_inner(h) : y.at(b, p);
+          float* out = pad ? y.image(b) + rows.inner_begin(h) : y.at(b, p);
           normalise(x.at(b, p), x.position, residual.at(b, p), residual.position, out, step, x.C, f,
                     slope);
           if (pad) mirror_row(y.image(b), h, rows);
@@ -340,7 +367,7 @@ void instance_norm_fwd(const Tensor& x_, Tensor y_, Tensor centre_, Tensor rstd_
       const int64_t step = pad ? rows.W : x.HW;
       for (int64_t p = 0; p < x.HW; p += step) {
         const int64_t h = p / rows.W;
-        float* out = y.plane(plane) + (pad ? rows.begin_inner(h) : p);
+        float* out = y.plane(plane) + (pad ? rows.inner_begin(h) : p);
         normalise(x.plane(plane) + p, residual.plane(plane) + p, out, step, f, slope);
         if (pad) mirror_row(y.plane(plane), h, rows);
       }
@@ -351,11 +378,12 @@ void instance_norm_fwd(const Tensor& x_, Tensor y_, Tensor centre_, Tensor rstd_
 
 void instance_norm_bwd(const Tensor& grad_, const Tensor& x_, Tensor grad_x_, Tensor sums_,
                        const Tensor& centre_, const Tensor& rstd_, const OptionalTensor& weight,
-                       const OptionalTensor& bias, const Tensor& alpha, double slope_, int64_t pad,
-                       int64_t correction) {
+                       const OptionalTensor& bias, const OptionalTensor& alphas, double alpha,
+                       double slope_, int64_t pad, int64_t correction) {
   const Map x = readable(x_), grad_x = writable(grad_x_, x.channels_last);
-  const Map grad = pad ? fold(grad_, x, pad) : readable(grad_, x.channels_last);
-  const Parameters parameters(weight, bias, alpha, x);
+  Map grad = pad ? buffer_for(x_, x.channels_last) : readable(grad_, x.channels_last);
+  if (pad) fold(dense(grad_, x.channels_last), grad, rows_of(x, {pad, pad, pad, pad}));
+  const Parameters parameters(weight, bias, alphas, alpha, x);
   const auto slope = static_cast<float>(slope_);
   const auto *centre = centre_.const_data_ptr<float>(), *rstd = rstd_.const_data_ptr<float>();
   auto *g_sum = sums_.mutable_data_ptr<float>(), *gx_sum = g_sum + x.planes();
@@ -363,7 +391,7 @@ void instance_norm_bwd(const Tensor& grad_, const Tensor& x_, Tensor grad_x_, Te
     return parameters.affine_of(plane, *x.plane(plane), centre[plane], rstd[plane]);
   };
   const auto slope_of = [&](int64_t plane, const Affine& f, const GradSums& sums) -> Slope {
-    const double a = parameters.alpha_of(plane), r = rstd[plane];
+    const double a = parameters.alpha[plane], r = rstd[plane];
     const double mean_g = sums.g / static_cast<double>(x.HW);
     const double mean_gx = sums.gx / static_cast<double>(x.HW - correction);
     g_sum[plane] = static_cast<float>(a * sums.g);
@@ -416,6 +444,22 @@ void instance_norm_bwd(const Tensor& grad_, const Tensor& x_, Tensor grad_x_, Te
                     slope_of(plane, f, sums));
     });
   }
+  store(grad_x, grad_x_);
+}
+
+// --- Reflection padding -------------------------------------------------------------------------
+
+void reflection_pad2d_fwd(const Tensor& x_, Tensor y_, Padding padding) {
+  const bool channels_last = readable(y_).channels_last;
+  const Map x = dense(x_, channels_last), y = writable(y_, channels_last);
+  pad(x, y, rows_of(x, padding));
+  store(y, y_);
+}
+
+void reflection_pad2d_bwd(const Tensor& grad_, Tensor grad_x_, Padding padding) {
+  const bool channels_last = readable(grad_x_).channels_last;
+  const Map grad_x = writable(grad_x_, channels_last);
+  fold(dense(grad_, channels_last), grad_x, rows_of(grad_x, padding));
   store(grad_x, grad_x_);
 }
 

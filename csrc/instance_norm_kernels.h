@@ -238,32 +238,37 @@ FASTGAN_CLONES void differentiate_positions(const float* x, int64_t x_stride, co
 
 // --- Reflection padding -------------------------------------------------------------------------
 
-// The rows of an image of one plane, or of all planes of a channels_last image.
+// The rows of an image of one plane, or of all planes of a channels_last image, and of that image
+// padded by reflection.
 struct Rows {
-  int64_t H, W, run, pad;  // run: floats per position
+  int64_t H, W, run;  // run: floats per position
+  int64_t left, right, top, bottom;
 
-  int64_t begin(int64_t h) const { return h * W * run; }
-  int64_t begin_padded(int64_t h) const { return h * (W + 2 * pad) * run; }
-  int64_t begin_inner(int64_t h) const { return begin_padded(h + pad) + pad * run; }
+  bool padded() const { return left + right + top + bottom > 0; }
+  int64_t size() const { return W * run; }
+  int64_t padded_size() const { return (left + W + right) * run; }
+  int64_t padded_begin(int64_t i) const { return i * padded_size(); }
+  // Of row h inside the padded image.
+  int64_t inner_begin(int64_t h) const { return padded_begin(h + top) + left * run; }
 
-  // Calls body(i) for the rows i of the padded image, beside h + pad, that show row h.
+  // Calls body(i) for the rows i of the padded image, beside h + top, that show row h.
   template <typename Body>
   void for_each_mirror(int64_t h, const Body& body) const {
-    if (h >= 1 && h <= pad) body(pad - h);
-    if (h <= H - 2 && h >= H - 1 - pad) body(pad + 2 * (H - 1) - h);
+    if (h >= 1 && h <= top) body(top - h);
+    if (h <= H - 2 && h >= H - 1 - bottom) body(top + 2 * (H - 1) - h);
   }
 };
 
 // Copies row h of a padded image, whose inner part is written, to wherever it shows.
 inline void mirror_row(float* padded, int64_t h, const Rows& rows) {
-  const int64_t run = rows.run;
-  float *row = padded + rows.begin_padded(h + rows.pad), *inner = padded + rows.begin_inner(h);
-  for (int64_t k = 1; k <= rows.pad; ++k) {
-    std::copy_n(inner + k * run, run, inner - k * run);
-    std::copy_n(inner + (rows.W - 1 - k) * run, run, inner + (rows.W - 1 + k) * run);
+  const int64_t run = rows.run, last = rows.W - 1;
+  float *row = padded + rows.padded_begin(h + rows.top), *inner = padded + rows.inner_begin(h);
+  for (int64_t k = 1; k <= rows.left; ++k) std::copy_n(inner + k * run, run, inner - k * run);
+  for (int64_t k = 1; k <= rows.right; ++k) {
+    std::copy_n(inner + (last - k) * run, run, inner + (last + k) * run);
   }
   rows.for_each_mirror(
-      h, [&](int64_t i) { std::copy_n(row, rows.begin_padded(1), padded + rows.begin_padded(i)); });
+      h, [&](int64_t i) { std::copy_n(row, rows.padded_size(), padded + rows.padded_begin(i)); });
 }
 
 FASTGAN_CLONES void add(float* out, const float* in, int64_t count) {
@@ -273,18 +278,18 @@ FASTGAN_CLONES void add(float* out, const float* in, int64_t count) {
 
 // The other way: row h of an image becomes the sum of all that shows it in the padded image.
 inline void fold_row(const float* padded, float* image, int64_t h, const Rows& rows) {
-  const int64_t run = rows.run;
-  float* out = image + rows.begin(h);
+  const int64_t run = rows.run, last = rows.W - 1;
+  float* out = image + h * rows.size();
   const auto add_row = [&](int64_t i) {
-    const float* inner = padded + rows.begin_padded(i) + rows.pad * run;
-    add(out, inner, rows.begin(1));
-    for (int64_t k = 1; k <= rows.pad; ++k) {
-      add(out + k * run, inner - k * run, run);
-      add(out + (rows.W - 1 - k) * run, inner + (rows.W - 1 + k) * run, run);
+    const float* inner = padded + rows.padded_begin(i) + rows.left * run;
+    add(out, inner, rows.size());
+    for (int64_t k = 1; k <= rows.left; ++k) add(out + k * run, inner - k * run, run);
+    for (int64_t k = 1; k <= rows.right; ++k) {
+      add(out + (last - k) * run, inner + (last + k) * run, run);
     }
   };
-  std::fill_n(out, rows.begin(1), 0.0f);
-  add_row(h + rows.pad);
+  std::fill_n(out, rows.size(), 0.0f);
+  add_row(h + rows.top);
   rows.for_each_mirror(h, add_row);
 }
 
