@@ -295,17 +295,32 @@ class GanLoss : public torch::autograd::Function<GanLoss> {
   }
 };
 
+bool recorded(TensorList tensors) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.requires_grad(); });
+}
+
 std::tuple<Tensor, Tensor> gan_loss_autograd(TensorList real, TensorList fake,
                                              std::string_view mode, double label_smoothing,
                                              double scale) {
-  const variable_list outputs = GanLoss::apply(real, fake, Arguments{mode, label_smoothing, scale});
-  return {outputs[0], outputs[1]};
+  const Arguments a{mode, label_smoothing, scale};
+  if (recorded(real) || recorded(fake)) {
+    const variable_list outputs = GanLoss::apply(real, fake, a);
+    return {outputs[0], outputs[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_gan_loss(real, fake, a);
 }
 
 std::vector<Tensor> gan_loss_backward_autograd(const Tensor& grad, TensorList real, TensorList fake,
                                                std::string_view mode, double label_smoothing,
                                                double scale) {
-  return GanLossBackward::apply(grad, real, fake, Arguments{mode, label_smoothing, scale});
+  const Arguments a{mode, label_smoothing, scale};
+  if (recorded(grad) || recorded(real) || recorded(fake)) {
+    return GanLossBackward::apply(grad, real, fake, a);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_gan_loss_backward(grad, real, fake, a);
 }
 
 }  // namespace

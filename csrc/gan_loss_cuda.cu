@@ -34,7 +34,7 @@ struct Table {
 
 // The partial sums of a block, or of a thread.
 struct Sums {
-  float loss = 0, real = 0, fake = 0, real_correct = 0, fake_correct = 0;
+  float loss, real, fake, real_correct, fake_correct;
 };
 constexpr int kSums = sizeof(Sums) / sizeof(float);
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ Sums block_sum(Sums sums) {
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sums;
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    sums = threadIdx.x < threads / kWarp ? of_warp[threadIdx.x] : Sums();
+    sums = threadIdx.x < threads / kWarp ? of_warp[threadIdx.x] : Sums{};
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sums = sums + shuffle_down(sums, lanes);
   }
   return sums;
@@ -123,7 +123,7 @@ template <typename scalar_t, Mode mode>
 __global__ void __launch_bounds__(kThreadsOneBlock, 1)
     gan_loss_fwd_one_block_kernel(const __grid_constant__ Table table, float label_smoothing,
                                   Output out) {
-  Sums sums;
+  Sums sums{};
   for (int i = 0; i < table.count; ++i) {
     const DeviceSegment& segment = table.segments[i];
     sums = sums + sum_segment<scalar_t, mode, kThreadsOneBlock>(segment, 0, segment.numel,
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 __global__ void __launch_bounds__(kThreadsOneBlock, 1)
     gan_loss_fwd_sum_kernel(const Sums* __restrict__ partials, int64_t count, Output out) {
-  Sums sums;
+  Sums sums{};
   for (int64_t i = threadIdx.x; i < count; i += kThreadsOneBlock) sums = sums + partials[i];
   sums = block_sum<kThreadsOneBlock>(sums);
   if (threadIdx.x == 0) store(out, sums);
