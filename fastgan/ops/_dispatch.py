@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ("reference", "triton", "native")
 # Fastest first, for each op family and device type. The reference path closes every row.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "gram": {"cuda": ("triton",)},
-    "instance_norm": {"cuda": ("triton",)},
+    "instance_norm": {"cuda": ("triton",), "cpu": ("native",)},
     "gan_loss": {"cuda": ("native",), "cpu": ("native",)},
 }
 

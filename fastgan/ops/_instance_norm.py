@@ -18,6 +18,10 @@ Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
 def _kernels(impl: str) -> ModuleType:
     """The module whose functions fill the outputs of the ops below."""
+    if impl == "native":
+        from fastgan.ops import _native  # imports fastgan._C, which may not be built
+
+        return _native
     from fastgan.kernels import instance_norm  # imports Triton, so not before the first call
 
     return instance_norm

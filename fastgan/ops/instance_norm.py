@@ -177,12 +177,13 @@ def adain(
     else:
         _check_stats(op, "style", style, "content", content)
     _check_alpha(op, alpha, content)
+    maps = (content, style) if isinstance(style, Tensor) else (content,)
     impl = _dispatch.choose(
         op,
         "instance_norm",
         impl,
         content.device,
-        cannot=_cannot(content),
+        cannot=_cannot(*maps),
         note=_copied(content, style),
     )
     if impl != "reference":
@@ -251,9 +252,13 @@ def adain_style_loss(
         _check_stats(op, _checks.label("target_stats", i, len(target_list)), stats, name, x)
         _checks.same_device(op, name, x, "features[0]", feature_list[0])
     device = feature_list[0].device
-    cannot = next(filter(None, map(_cannot, feature_list)), {})
     impl = _dispatch.choose(
-        op, "instance_norm", impl, device, cannot=cannot, note=_copied(*feature_list)
+        op,
+        "instance_norm",
+        impl,
+        device,
+        cannot=_cannot(*feature_list),
+        note=_copied(*feature_list),
     )
     if impl != "reference":
         total: Any = None
@@ -314,10 +319,14 @@ def reflection_pad2d(
 # --- Checks -------------------------------------------------------------------------------------
 
 
-def _cannot(x: Tensor) -> dict[str, str | None]:
-    if x.dtype == torch.float64:
-        return {"triton": "computes in float32; float64 runs on the reference path"}
-    return {}
+def _cannot(*features: Tensor) -> dict[str, str | None]:
+    reasons: dict[str, str | None] = {}
+    for x in features:
+        if x.dtype == torch.float64:
+            reasons["triton"] = "computes in float32; float64 runs on the reference path"
+        if x.dtype != torch.float32:
+            reasons["native"] = f"its CPU kernels take float32, got {x.dtype}"
+    return reasons
 
 
 def _copied(*inputs: Any) -> Callable[[str], str | None]:
