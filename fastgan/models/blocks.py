@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import ReflectionPad2d
 
+from fastgan.nn import ReflectionPad2d
 from fastgan.ops.instance_norm import instance_norm
 
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import ReflectionPad2d
 
 from fastgan.models.blocks import ConvNorm
+from fastgan.nn import ReflectionPad2d
 
 
 @dataclasses.dataclass(frozen=True)

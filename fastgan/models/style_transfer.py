@@ -11,9 +11,9 @@ import dataclasses
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import ReflectionPad2d
 
 from fastgan.models.blocks import NormedResidual, conv
+from fastgan.nn import ReflectionPad2d
 from fastgan.ops.instance_norm import InstanceStats, adain
 
 MIN_SIDE = 8
