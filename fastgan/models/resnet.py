@@ -96,13 +96,13 @@ def load_cyclegan_generator(path: str | os.PathLike[str]) -> ResnetGenerator:
 
     That code's ``resnet_<n>blocks`` generator is one `nn.Sequential`, whose layers become
 
-    ==================================== ==========================
+    ====================================== ============================
     ``model.1``, ``model.4``, ``model.7``  ``stem``, ``down1``, ``down2``
     ``model.<10+i>.conv_block.1``          ``blocks.<i>.conv1``
     ``model.<10+i>.conv_block.5`` (or 6)   ``blocks.<i>.conv2``
     ``model.<10+n>``, ``model.<13+n>``     ``up1``, ``up2``
     ``model.<17+n>``                       ``head``
-    ==================================== ==========================
+    ====================================== ============================
 
     Biases in front of an instance norm, which takes them away again, and the running statistics of
     old files, which were never used, are left out. Reads no pickled code (``weights_only=True``).
