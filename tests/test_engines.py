@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dummy_recipe import Dummy, DummyConfig
 from fastgan.device import use_deterministic_algorithms
+from fastgan.models import RandomFeatures
 from fastgan.recipes import RECIPES, Batch, Recipe, RecipeConfig
 from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.training import Trainer, preset_config
@@ -54,7 +56,9 @@ def batch_of(recipe: Recipe, step: int, device: torch.device = CPU) -> dict[str,
         .contiguous(memory_format=torch.channels_last)
         for domain in recipe.domains
     }
-    batch = {**pictures, **recipe.draw(step, 2, generator)}
+    dtype = next(recipe.parameters()).dtype
+    batch = {name: value.to(dtype) for name, value in pictures.items()}
+    batch |= recipe.draw(step, 2, generator)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -231,6 +235,42 @@ def test_compiled_step_agrees_with_eager(caplog: pytest.LogCaptureFixture) -> No
     assert compiled_terms == pytest.approx(terms, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@every_recipe
+def test_every_recipe_compiles_as_a_whole(
+    recipe: type[Recipe], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    losses, gradients = [], []
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        for kind in (EagerEngine, CompileEngine):
+            engine = kind(build(recipe).double(), CPU, "fp32", 0.9)
+            gradients.append(first_gradients(engine))
+            losses.append(engine.ledger.read())
+    assert "engine compile" not in caplog.text
+    for kind_of_loss in range(2):
+        assert losses[1][kind_of_loss] == pytest.approx(losses[0][kind_of_loss], rel=1e-9)
+    for name, expected in gradients[0].items():
+        size = expected.abs().max().item()
+        torch.testing.assert_close(
+            gradients[1][name], expected, rtol=1e-9, atol=1e-9 * size, msg=name
+        )
+
+
+@pytest.mark.slow
+def test_random_features_compile() -> None:
+    """On a CPU, in channels_last, with a gradient: what Inductor gets wrong in ``F.pad``."""
+    images = torch.rand(2, 3, 12, 10).contiguous(memory_format=torch.channels_last).requires_grad_()
+    extractor = RandomFeatures(levels=2, channels=4)
+
+    def loss(images: Tensor) -> Tensor:
+        return torch.stack([features.square().mean() for features in extractor(images)]).sum()
+
+    expected = torch.autograd.grad(loss(images), images)[0]
+    actual = torch.autograd.grad(torch.compile(loss)(images), images)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_compiler_steps_are_eager(

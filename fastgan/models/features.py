@@ -83,10 +83,20 @@ class RandomFeatures(nn.Module):
         for filters, offset in levels:
             if maps:
                 images = F.avg_pool2d(images, 2, ceil_mode=True)
-            padded = F.pad(images, [padding] * 4, mode="replicate")
+            padded = _pad(images, padding)
             responses = F.relu(F.conv2d(padded, filters))
             maps.append(responses - offset[:, None, None].to(responses.dtype))
         return maps
+
+
+def _pad(images: Tensor, padding: int) -> Tensor:
+    """Replicates the border, as ``F.pad`` does, whose backward Inductor cannot run on a CPU."""
+    if not torch.compiler.is_compiling():
+        return F.pad(images, [padding] * 4, mode="replicate")
+    top, bottom = images[:, :, :1], images[:, :, -1:]
+    images = torch.cat([top] * padding + [images] + [bottom] * padding, 2)
+    left, right = images[..., :1], images[..., -1:]
+    return torch.cat([left] * padding + [images] + [right] * padding, 3)
 
 
 class VGG19Features(nn.Module):
