@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dummy_recipe import Dummy, DummyConfig
@@ -308,6 +310,52 @@ def test_a_step_does_not_wait_for_the_device(recipe: type[Recipe], precision: An
         assert watch.waits == []
         torch.ones(()).item()
         assert watch.waits == ["aten::_local_scalar_dense"]
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow() -> None:
+    """Over 2,000 steps, less than half a picture is kept of each."""
+    engine = EagerEngine(build(), CPU, "fp32", 0.9)
+    batches = [batch_of(engine.recipe, step) for step in range(4)]
+
+    def run(steps: range) -> float:
+        for step in steps:
+            engine.step(batches[step % 4], step, steps_per_epoch=5)
+            if step % 50 == 0:
+                engine.ledger.read()
+        return resident_megabytes()
+
+    before = run(range(200))
+    picture = batches[0]["content"].nbytes / 2 / 2**20
+    assert run(range(200, 2200)) - before < 2000 * picture / 2
+
+
+@pytest.mark.slow
+def test_bf16_stays_close_to_fp32() -> None:
+    """Every term of style transfer over 300 steps, on pictures that can be learned."""
+    curves: dict[str, Tensor] = {}
+    for precision in ("fp32", "bf16"):
+        recipe = build(StyleTransfer, width=4, discriminator_width=4, extractor_levels=3)
+        engine = EagerEngine(recipe, CPU, precision, 0.9)
+        batches = [batch_of(recipe, step) for step in range(4)]
+        for batch in batches:
+            for domain in recipe.domains:
+                coarse = F.avg_pool2d(batch[domain], 8)
+                batch[domain] = 2 * F.interpolate(coarse, size=SIZE, mode="bilinear")
+        windows = []
+        for step in range(300):
+            engine.step(batches[step % 4], step, steps_per_epoch=5)
+            if step % 60 == 59:
+                windows.append(engine.ledger.read()[0])
+        curves[precision] = torch.tensor([list(window.values()) for window in windows])
+    assert not torch.equal(curves["bf16"], curves["fp32"])
+    torch.testing.assert_close(curves["bf16"], curves["fp32"], rtol=0.3, atol=0.0)
 
 
 # --- On a GPU -----------------------------------------------------------------------------------
