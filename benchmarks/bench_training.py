@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ import fastgan
 from fastgan.device import Precision
 from fastgan.recipes import Recipe, recipe_class
 from fastgan.training.engine import EagerEngine
-from fastgan.training.engines import EngineName, make_engine
+from fastgan.training.engines import (
+    CompileEngine,
+    CudaGraph,
+    EngineName,
+    GraphEngine,
+    make_engine,
+)
 from harness import Case, Report, Variant
 from plain_cyclegan import CycleGAN
 
@@ -184,13 +190,39 @@ def engine_variants(setting: Setting) -> Iterator[Variant]:
         yield Variant(
             "fastgan graph", "fastgan", lambda: RecipeStep(setting, "graph"), replays=True
         )
+        yield Variant(
+            "fastgan graph, cudnn.benchmark",
+            "fastgan",
+            lambda: RecipeStep(setting, "graph", tune=True),
+            replays=True,
+        )
+    if setting.autocast is not None and setting.recipe == "cyclegan":
+        yield Variant(
+            "fastgan graph of compiled phases",
+            "fastgan",
+            lambda: RecipeStep(setting, "compiled graph"),
+            replays=True,
+        )
+
+
+class CompiledGraphEngine(CompileEngine, GraphEngine):
+    """Compiled phases, captured in one graph."""
 
 
 class RecipeStep:
-    """An update of a recipe by a training engine."""
+    """An update of a recipe by a training engine.
+
+    Args:
+        tune: let cuDNN choose its algorithms by trial.
+    """
 
     def __init__(
-        self, setting: Setting, engine: EngineName = "eager", *, reference: bool = False
+        self,
+        setting: Setting,
+        engine: EngineName | Literal["compiled graph"] = "eager",
+        *,
+        reference: bool = False,
+        tune: bool = False,
     ) -> None:
         kind = recipe_class(setting.recipe)
         first = next(iter(kind.presets.values())).config
@@ -205,7 +237,8 @@ class RecipeStep:
                 )
         self._setting = setting
         self._reference = reference
-        self._name: EngineName = engine
+        self._tune = tune
+        self._name = engine
         self._engine: EagerEngine | None = None
         self._step = 0
 
@@ -217,9 +250,10 @@ class RecipeStep:
         images = tuple(x.contiguous(memory_format=torch.channels_last) for x in images)
         drawn = recipe.draw(self._step, self._setting.batch, torch.Generator().manual_seed(0))
         batch = dict(zip(recipe.domains, images, strict=True))
-        batch |= {name: value.to(images[0].device) for name, value in drawn.items()}
+        device = images[0].device
+        batch |= {name: value.to(device, non_blocking=True) for name, value in drawn.items()}
         choice = fastgan.use_impl("reference") if self._reference else contextlib.nullcontext()
-        with choice, warnings_as_errors():
+        with choice, warnings_as_errors(), cudnn_by_trial(self._tune):
             self._engine.step(batch, self._step, steps_per_epoch=1000)
         self._step += 1
         if self._step > 1:
@@ -234,6 +268,8 @@ class RecipeStep:
         recipe, device = self._recipe, images.device
         recipe.to(device, images.dtype).to(memory_format=torch.channels_last)
         precision = self._setting.precision if images.dtype == torch.float32 else "fp32"
+        if self._name == "compiled graph":
+            return CompiledGraphEngine(recipe, device, precision, 0.999, CudaGraph(device))
         with warnings_as_errors():
             return make_engine(self._name, recipe, device, precision, ema_decay=0.999)
 
@@ -270,6 +306,16 @@ def copy_weights(sources: list[nn.Module], targets: list[nn.Module]) -> None:
 def convolutions(network: nn.Module) -> list[nn.Module]:
     kinds = nn.Conv2d | nn.ConvTranspose2d
     return [module for module in network.modules() if isinstance(module, kinds)]
+
+
+@contextlib.contextmanager
+def cudnn_by_trial(on: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class _Raises(logging.Handler):
