@@ -39,7 +39,7 @@ class WeightAverage:
         self._decay = next(iter(self.average.values())).new_empty(())
 
     def begin_step(self, step: int) -> None:
-        """Updates must be announced."""
+        """To be called before update number `step`."""
         self._decay.fill_(min(self._limit, (1 + step) / (10 + step)))
 
     @torch.no_grad()
