@@ -205,7 +205,7 @@ class _DemoFlags:
 
     out: Path = Path("demo")
     """Folder for the pictures, the run and its checkpoint; a demo it holds is replaced."""
-    steps: int = 700
+    steps: int = 500
     """Training steps."""
     seed: int = 0
     """Decides the initial weights and the crops."""
