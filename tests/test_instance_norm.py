@@ -15,8 +15,7 @@ import fastgan as fg
 from tolerances import assert_close
 
 pytest.importorskip("triton")
-from fastgan.kernels import _common
-from fastgan.kernels import instance_norm as kernels
+from fastgan.kernels import _common, _tiling
 from norm_cases import (
     ALL_CASES,
     CASES,
@@ -44,17 +43,17 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Sends small images through each way to cover a large one."""
     if request.param != "resident":
         for name, value in SMALL_TILES.items():
-            monkeypatch.setattr(kernels, name, value)
+            monkeypatch.setattr(_tiling, name, value)
     processors = 1 if request.param == "sweep" else 132
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(_tiling, "multiprocessors", lambda device: processors)
     clear_tilings()
     yield request.param
     clear_tilings()
 
 
 def clear_tilings() -> None:
-    kernels.stats_tiling.cache_clear()
-    kernels.norm_tiling.cache_clear()
+    _tiling.stats_tiling.cache_clear()
+    _tiling.norm_tiling.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -168,9 +167,9 @@ def test_bytes_and_launches(
     name: str, layout: str, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tiles != "resident":
-        monkeypatch.setattr(kernels, "TILE", 512)
+        monkeypatch.setattr(_tiling, "TILE", 512)
     if tiles == "split" and layout == "channels_last":  # whose blocks are few
-        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 8)
+        monkeypatch.setattr(_tiling, "multiprocessors", lambda device: 8)
     cost, case = COSTS[name, tiles], CASES[name]
     x = features((1, 8, 32, 32), torch.bfloat16, torch.device("cpu"), layout)
     inputs = [i.detach() if i.ndim == 2 else i for i in case.inputs(x)]  # given statistics

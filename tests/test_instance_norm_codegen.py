@@ -52,7 +52,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def stats(x: Tensor) -> None:
-    from fastgan.kernels import instance_norm as kernels
+    from fastgan.ops import _triton as kernels
 
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     kernels.instance_stats_fwd(x, mean, mean, 1e-5, 1)
@@ -61,7 +61,7 @@ def stats(x: Tensor) -> None:
 
 def norm(x: Tensor, pad: int = 0) -> None:
     """With everything that takes registers, or with padding alone."""
-    from fastgan.kernels import instance_norm as kernels
+    from fastgan.ops import _triton as kernels
 
     B, C = x.shape[:2]
     y = torch.empty_like(x)
@@ -86,7 +86,7 @@ def padded_norm(x: Tensor) -> None:
 
 
 def adain(x: Tensor) -> None:
-    from fastgan.kernels import instance_norm as kernels
+    from fastgan.ops import _triton as kernels
 
     plane = x.new_empty(x.shape[:2], dtype=torch.float32)
     y, alpha = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
@@ -98,7 +98,7 @@ def adain(x: Tensor) -> None:
 
 
 def reflection_pad2d(x: Tensor) -> None:
-    from fastgan.kernels import instance_norm as kernels
+    from fastgan.ops import _triton as kernels
 
     layout = "nchw" if x.is_contiguous() else "channels_last"
     y = x.new_empty(x.shape[0], x.shape[1], x.shape[2] + 6, x.shape[3] + 6)
@@ -108,7 +108,7 @@ def reflection_pad2d(x: Tensor) -> None:
 
 
 def distance(plane: Tensor) -> None:
-    from fastgan.kernels import instance_norm as kernels
+    from fastgan.ops import _triton as kernels
 
     scalar = plane.new_empty(())
     kernels.stats_distance_fwd(scalar, plane, plane, plane, plane, scalar, 1.0)

@@ -22,9 +22,9 @@ def _kernels(impl: str) -> ModuleType:
         from fastgan.ops import _native  # imports fastgan._C, which may not be built
 
         return _native
-    from fastgan.kernels import instance_norm  # imports Triton, so not before the first call
+    from fastgan.ops import _triton  # imports Triton, so not before the first call
 
-    return instance_norm
+    return _triton
 
 
 def _new_stats(x: Tensor) -> Tensor:

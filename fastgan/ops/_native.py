@@ -1,4 +1,4 @@
-"""The CPU kernels of fastgan._C, behind the same functions as fastgan.kernels.instance_norm."""
+"""The CPU kernels of fastgan._C, behind the same functions as _triton."""
 
 import importlib
 from typing import Any

@@ -1,0 +1,143 @@
+"""How programs cover planes: heuristic tables by memory format, size, dtype and device."""
+
+import functools
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+from fastgan.kernels._common import cdiv, multiprocessors, next_power_of_2
+
+# A kernel that reduces a plane and then writes it comes by the reduction in one of three ways:
+# RESIDENT holds the plane in registers, SWEEP passes over it twice, the second time backwards to
+# meet what is still in cache, SPLIT merges what programs of an earlier launch found.
+RESIDENT = tl.constexpr(0)
+SWEEP = tl.constexpr(1)
+SPLIT = tl.constexpr(2)
+
+# Elements of a tile. A plane of up to RESIDENT_TILE stays in registers, small ones share a program
+# of TILE. Kernels that loop over tiles of TILE keep accumulators for every element.
+TILE = 4096
+RESIDENT_TILE = 16384
+# A reduction is split until a multiprocessor has this many programs, which keeps enough reads in
+# flight, but not below MIN_RUN elements a program, nor at all where one would reduce few elements:
+# another launch costs more.
+PROGRAMS = 4
+MIN_RUN = 8192
+UNSPLIT_RUN = 32768
+MAX_SPLITS = 64
+
+
+class Tiling(NamedTuple):
+    """How the programs of a kernel cover [B, C, positions]."""
+
+    mode: int
+    block_c: int
+    block_p: int
+    num_warps: int
+    blocks: int  # programs that cover all planes
+    run: int  # positions that one program reduces
+    splits: int  # programs that reduce one plane
+    chunk: int  # positions that one program writes
+    chunks: int  # programs that write one plane
+
+
+def tile_shape(
+    channels_last: bool, planes: int, C: int, positions: int, itemsize: int
+) -> tuple[int, int]:
+    """Planes and positions of a tile: up to a 128-byte line of channels, or whole rows."""
+    if channels_last:
+        block_c = min(128 // itemsize, next_power_of_2(C))
+        return block_c, min(max(TILE // block_c, 1), next_power_of_2(positions))
+    block_p = min(TILE, next_power_of_2(positions))
+    return min(TILE // block_p, next_power_of_2(planes)), block_p
+
+
+def plane_blocks(channels_last: bool, B: int, C: int, block_c: int) -> int:
+    return B * cdiv(C, block_c) if channels_last else cdiv(B * C, block_c)
+
+
+def warps(tile: int, per_thread: int) -> int:
+    """Warps that hold a tile, so many elements in each thread; four where it is small."""
+    return min(max(tile // (32 * per_thread), 4), 16)
+
+
+@functools.lru_cache(maxsize=4096)
+def stats_tiling(
+    channels_last: bool, B: int, C: int, HW: int, itemsize: int, processors: int
+) -> Tiling:
+    """One program per block of planes, or several where these would be few and large."""
+    block_c, block_p = tile_shape(channels_last, B * C, C, HW, itemsize)
+    blocks, work = plane_blocks(channels_last, B, C, block_c), HW * block_c
+    splits = 1
+    if blocks < PROGRAMS * processors and work > UNSPLIT_RUN:
+        splits = min(cdiv(PROGRAMS * processors, blocks), cdiv(work, MIN_RUN), MAX_SPLITS)
+    run = cdiv(cdiv(HW, splits), block_p) * block_p
+    splits = cdiv(HW, run)
+    mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, 16)
+    return Tiling(mode.value, block_c, block_p, num_warps, blocks, run, splits, run, splits)
+
+
+@functools.lru_cache(maxsize=4096)
+def norm_tiling(
+    channels_last: bool,
+    B: int,
+    C: int,
+    reduced: int,
+    written: int,
+    itemsize: int,
+    processors: int,
+) -> Tiling:
+    """For kernels that reduce and then write planes, whose sizes differ where they pad."""
+    if reduced == written:  # a padded image is gathered, which registers cannot
+        block_c, block_p = resident_shape(channels_last, B * C, C, reduced, itemsize)
+        if block_c * block_p <= RESIDENT_TILE:
+            blocks = plane_blocks(channels_last, B, C, block_c)
+            num_warps = warps(block_c * block_p, 32)
+            return Tiling(
+                RESIDENT.value, block_c, block_p, num_warps, blocks, block_p, 1, block_p, 1
+            )
+    tiling = stats_tiling(channels_last, B, C, reduced, itemsize, processors)
+    block_c, block_p, blocks = tiling.block_c, tiling.block_p, tiling.blocks
+    enough = processors if reduced <= RESIDENT_TILE else 2 * processors
+    if blocks >= enough or tiling.splits == 1:
+        run, chunk = (cdiv(n, block_p) * block_p for n in (reduced, written))
+        num_warps = warps(block_c * block_p, 8)
+        return Tiling(SWEEP.value, block_c, block_p, num_warps, blocks, run, 1, chunk, 1)
+    chunks = min(cdiv(PROGRAMS * processors, blocks), cdiv(written, block_p))
+    chunk = cdiv(cdiv(written, chunks), block_p) * block_p
+    return tiling._replace(chunk=chunk, chunks=cdiv(written, chunk))
+
+
+def resident_shape(
+    channels_last: bool, planes: int, C: int, positions: int, itemsize: int
+) -> tuple[int, int]:
+    """A tile of whole planes: rows, or channels in channels_last, at least a 32-byte sector."""
+    block_p = next_power_of_2(positions)
+    if not channels_last:
+        return min(max(TILE // block_p, 1), next_power_of_2(planes)), block_p
+    block_c = 128 // itemsize
+    while block_c * block_p > RESIDENT_TILE // 2 and block_c * itemsize > 32:
+        block_c //= 2
+    return min(block_c, next_power_of_2(C)), block_p
+
+
+def stats_tiling_of(x: Tensor, channels_last: bool) -> Tiling:
+    """Of a kernel that reduces planes of x."""
+    (B, C, *_), HW, processors = x.shape, x.shape[2:].numel(), multiprocessors(x.device)
+    return stats_tiling(channels_last, B, C, HW, x.element_size(), processors)
+
+
+def norm_tiling_of(x: Tensor, y: Tensor, channels_last: bool) -> Tiling:
+    """Of a kernel that reduces planes of x and writes planes of y."""
+    (B, C, *_), processors = x.shape, multiprocessors(x.device)
+    reduced, written = x.shape[2:].numel(), y.shape[2:].numel()
+    return norm_tiling(channels_last, B, C, reduced, written, x.element_size(), processors)
+
+
+def map_tiling_of(out: Tensor, channels_last: bool) -> tuple[int, int, int, int]:
+    """Of a kernel that writes one tile per program: its shape, blocks of planes, and chunks."""
+    B, C = out.shape[:2]
+    positions = out.shape[2:].numel()
+    block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size())
+    return block_c, block_p, plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
