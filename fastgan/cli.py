@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except SystemExit as end:  # tyro printed help, or what is wrong with a flag
         return end.code if isinstance(end.code, int) else 2
+    except MemoryError as error:
+        return _fail(1, str(error) or "out of memory")
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
 
@@ -155,21 +157,34 @@ class _StylizeFlags:
     Each keeps its size.
     """
 
-    checkpoint: Path
-    """A checkpoint, the folder of a run, or one with the public CycleGAN code's
-    latest_net_G_A.pth and latest_net_G_B.pth."""
     content: tuple[Path, ...]
     """Pictures and folders of pictures to render."""
     out: Path
     """A picture for one result, else a folder, where results keep the names of the content."""
-    style: Path | None = None
-    """The picture whose style they take on; for checkpoints of style-transfer."""
-    direction: Literal["AtoB", "BtoA"] | None = None
-    """From which domain to which; for checkpoints of recipes that translate between two."""
+    style: tuple[Path, ...] = ()
+    """The picture whose style they take on, or several to mix; a folder counts as one style, the
+    mean of its pictures. For checkpoints of style-transfer."""
+    style_weights: tuple[float, ...] = ()
+    """One number per style, divided by their sum; equal if left out."""
     alpha: float = 1.0
     """Strength of the style, 0 to 1."""
+    keep_color: bool = False
+    """Keep the colours of the content and take only brightness from the result."""
+    checkpoint: Path | None = None
+    """A checkpoint, the folder of a run, or one with the public CycleGAN code's
+    latest_net_G_A.pth and latest_net_G_B.pth; None: the pretrained one."""
+    direction: Literal["AtoB", "BtoA"] | None = None
+    """From which domain to which; for checkpoints of recipes that translate between two."""
+    max_side: int | None = None
+    """Reduce pictures with a longer side than this, in pixels, to it first."""
+    batch_size: int = 1
+    """So many pictures of one size at a time."""
     device: str | None = None
     """cpu, cuda, mps; None: a GPU if there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """None: bf16 on GPUs of capability 8.0 and up, fp16 on older ones, fp32 elsewhere."""
+    strict: bool = False
+    """End with an error at a file that is no readable picture, rather than skip it."""
 
 
 def _stylize(arguments: list[str]) -> int:
@@ -186,13 +201,19 @@ def _stylize(arguments: list[str]) -> int:
     _log_to_stderr()
     with _argument_errors():
         written = stylize(
-            flags.checkpoint,
             flags.content,
             flags.style,
             flags.out,
+            checkpoint=flags.checkpoint,
+            style_weights=flags.style_weights or None,
             alpha=flags.alpha,
+            keep_color=flags.keep_color,
             direction=flags.direction,
+            max_side=flags.max_side,
             device=flags.device,
+            precision=flags.precision,
+            batch_size=flags.batch_size,
+            strict=flags.strict,
             progress=True,
         )
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))

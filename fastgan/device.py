@@ -40,6 +40,14 @@ def choose_precision(requested: Precision | None, device: torch.device) -> Preci
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of PyTorch's ways to say that memory ran out."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
+
+
 def use_deterministic_algorithms() -> None:
     """The same bits on every run on the same GPU, for the rest of the process.
 

@@ -14,7 +14,17 @@ try:
 except ImportError as error:
     raise ImportError("fastgan.images needs Pillow: pip install 'fastgan[train]'") from error
 
-__all__ = ["ImageError", "find_images", "load_image", "save_image", "to_float", "to_uint8"]
+__all__ = [
+    "ImageError",
+    "find_images",
+    "from_pil",
+    "image_size",
+    "load_image",
+    "save_image",
+    "to_float",
+    "to_pil",
+    "to_uint8",
+]
 
 EXTENSIONS = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -106,24 +116,47 @@ def load_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
         with Image.open(path, formats=_FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
-            image.load()
-            upright = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            rgb = _to_rgb(image)
-            if upright is not None:
-                rgb = rgb.transpose(upright)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            return from_pil(image)
     except MemoryError:  # the machine's fault, not the file's
         raise
     except Exception as error:  # on damaged files decoders raise all there is
         raise ImageError(path, _reason(path, error)) from error
 
 
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width that the file states, before it is decoded and turned upright.
+
+    Raises:
+        ImageError: the file is missing or its header is no picture's.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:
+        raise ImageError(path, _reason(path, error)) from error
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Upright RGB uint8 [3,H,W] of a Pillow image, as `load_image` gives it of a file."""
+    image.load()
+    upright = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    rgb = _to_rgb(image)
+    if upright is not None:
+        rgb = rgb.transpose(upright)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One picture [3,H,W], uint8 or float in [-1, 1], as a Pillow image."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     """Write one picture [3,H,W], uint8 or float in [-1, 1], in the format `path` ends in."""
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"save_image: image must be [3, H, W], got {list(image.shape)}")
-    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(path, quality=95)
+    to_pil(image).save(path, quality=95)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -2,30 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeAlias, overload
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgan import checkpoint as checkpoints
-from fastgan.device import choose_device
-from fastgan.images import ImageError, find_images, load_image, save_image, to_float
+from fastgan.device import Precision, choose_device, choose_precision, is_out_of_memory
+from fastgan.images import (
+    ImageError,
+    find_images,
+    from_pil,
+    image_size,
+    load_image,
+    save_image,
+    to_float,
+    to_pil,
+    to_uint8,
+)
+from fastgan.models.features import brightness
 from fastgan.recipes import Recipe, recipe_class
 from fastgan.recipes.cyclegan import PUBLIC_GENERATORS, CycleGAN
+from fastgan.recipes.recipe import Style
 from fastgan.recipes.serialize import from_json
+from fastgan.reference import widen
 from fastgan.run_folder import RunFolder
 
-__all__ = ["load_recipe", "stylize"]
+__all__ = ["keep_color", "load_recipe", "pretrained_checkpoint", "stylize"]
 
 log = logging.getLogger(__name__)
 
+File: TypeAlias = str | Path
+Picture: TypeAlias = File | Image.Image | Tensor
+"""A file, a Pillow image, or a tensor [3,H,W] or [B,3,H,W], uint8 or float in [-1, 1]."""
+Styles: TypeAlias = Picture | Sequence[Picture] | None
+
 _WRITABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_THREADS = 4  # that decode and encode files beside the networks
 
 
-def load_recipe(path: str | Path, device: torch.device | str = "cpu") -> Recipe:
+def pretrained_checkpoint() -> Path:
+    """The lite checkpoint of the style_transfer recipe that comes with fastgan.
+
+    Raises:
+        FileNotFoundError: this installation lacks it.
+    """
+    path = Path(__file__).parent / "pretrained" / "lite.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint: this installation lacks the pretrained one, {path}; reinstall fastgan, "
+            "or name a checkpoint of your own"
+        )
+    return path
+
+
+def load_recipe(path: File, device: torch.device | str = "cpu") -> Recipe:
     """The trained networks in the checkpoint `path`, with their averaged weights, ready to use.
 
     Args:
@@ -66,87 +110,308 @@ def _load_checkpoint(path: Path) -> Recipe:
     return recipe
 
 
+@overload
+def stylize(content: File | Image.Image, style: Styles = ..., **options: Any) -> Image.Image: ...
+@overload
+def stylize(content: Tensor, style: Styles = ..., **options: Any) -> Tensor: ...
+@overload
 def stylize(
-    checkpoint: str | Path,
-    content: str | Path | Sequence[str | Path],
-    style: str | Path | None,
-    out: str | Path,
+    content: File | Sequence[File], style: Styles, out: File, **options: Any
+) -> list[Path]: ...
+def stylize(  # type: ignore[misc]  # the options of the overloads are the keywords here
+    content: Picture | Sequence[File],
+    style: Styles = None,
+    out: File | None = None,
     *,
+    checkpoint: File | Recipe | None = None,
+    style_weights: Sequence[float] | None = None,
     alpha: float = 1.0,
+    keep_color: bool = False,
     direction: str | None = None,
+    max_side: int | None = None,
     device: str | None = None,
+    precision: Precision | None = None,
+    batch_size: int = 1,
+    strict: bool = False,
     progress: bool = False,
-) -> list[Path]:
-    """Renders content pictures in the style of another picture, or as pictures of another domain.
+) -> Image.Image | Tensor | list[Path]:
+    """Renders pictures in the style of others, or as pictures of another domain.
 
-    Each result has the size of its content picture. One content file and an `out` that ends like
-    a picture give that file; otherwise `out` is a folder, which mirrors the names of the content
-    files and, for content folders, the tree below them. Content that is no readable picture is
-    skipped with a warning. Returns the files written.
+    ``stylize("cat.jpg", "wave.jpg")`` returns a Pillow image, a tensor for a tensor (on its device,
+    in its dtype and range). With `out`, files and folders are rendered to files, whose paths are
+    returned: one content file and an `out` that ends like a picture give that file; otherwise `out`
+    is a folder, which mirrors the names of the content files and, for content folders, the tree
+    below them. Where two results would have one name, one of them is numbered, with a warning.
+
+    Each result has the size of its content picture, whatever that is. Content is decoded to upright
+    RGB of 8 bits.
 
     Args:
-        checkpoint: as in `load_recipe`.
-        content: files and folders of pictures; folders are searched at any depth.
-        style: one picture; None where the recipe of the checkpoint has directions.
+        content: a picture; with `out` files and folders, which are searched at any depth.
+        style: one picture or several; None where the recipe of the checkpoint has directions. A
+            folder is one style, the mean of all pictures in it.
+        out: a picture file or a folder.
+        checkpoint: as in `load_recipe`, or a recipe that it gave, which saves loading it again;
+            None for the pretrained one.
+        style_weights: one number per style, not negative; they are divided by their sum. Equal by
+            default. What is mixed is the feature maps that AdaIN gives for each style.
         alpha: strength of the style, 0 (the content, reconstructed) to 1.
+        keep_color: give the result the colours of the content, as `keep_color` does.
         direction: "AtoB" or "BtoA" where the recipe has directions.
+        max_side: reduce pictures with a longer side than this, in pixels, to it first.
         device: cpu, cuda, mps (default: a GPU if there is one).
+        precision: fp32, bf16 or fp16 (default: bf16 on GPUs of capability 8.0 and up, fp16 on
+            older ones, fp32 elsewhere).
+        batch_size: so many pictures of one size at a time.
+        strict: a content file that is no readable picture is an error; otherwise it is skipped
+            with a warning.
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError, OSError: an argument does not serve; raised before anything is written.
+        ValueError, TypeError, OSError: an argument does not serve; raised before anything is
+            written.
         fastgan.checkpoint.CheckpointError: the checkpoint cannot be read.
         fastgan.images.ImageError: the style, or all of the content, is no readable picture.
+        MemoryError: memory ran out; says at which sizes, and what helps.
+
+    Source: of the mixing, Huang, Belongie, "Arbitrary Style Transfer in Real-time with Adaptive
+    Instance Normalization", 2017.
     """
-    given = [content] if isinstance(content, str | Path) else content
-    if not given:
-        raise ValueError("content: expected at least one file or folder, got none")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    targets = _targets([Path(path) for path in given], Path(out))
-    where = choose_device(device)
-    recipe = load_recipe(checkpoint, where)
+    for name, count in (("batch_size", batch_size), ("max_side", max_side)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    styles = [_pictures_of(entry) for entry in _as_list(style)]
+    weights = _normalised(style_weights, len(styles))
+    targets: dict[Path, Path] = {}
+    if out is not None:
+        targets = _targets([_as_path(entry) for entry in _as_list(content)], Path(out))
+        style_files = [Path(p) for p in itertools.chain(*styles) if isinstance(p, str | Path)]
+        _refuse_to_overwrite(targets.values(), [*targets, *style_files])
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        raise TypeError("content: several pictures need a folder for the results, out")
+    recipe = _recipe(checkpoint, device, precision)
     if direction is not None and not recipe.directions:
         raise ValueError(f"direction: {recipe.name} has none, its style picture decides")
-    style_picture = None if style is None else _load(Path(style), where)
-    written: list[Path] = []
-    for source, target in tqdm(
-        targets.items(), disable=not progress or len(targets) == 1, unit="picture"
-    ):
-        try:
-            picture = _load(source, where)
-        except ImageError as error:
-            if len(targets) == 1:
-                raise
-            log.warning("skipped %s", error)
-            continue
-        with torch.inference_mode():
-            result = recipe.stylize(picture, style_picture, alpha=alpha, direction=direction)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_image(result[0], target)
-        written.append(target)
-    if not written:
-        raise ValueError(f"content: none of {len(targets)} files is a readable picture")
-    return written
+    mixed = _mixed_style(recipe, styles, weights, max_side)
+
+    def render(pictures: Tensor) -> Tensor:
+        with _memory_errors(recipe, pictures):
+            return _render(recipe, pictures, mixed, alpha, direction, keep_color)
+
+    if out is not None:
+        return _render_files(targets, render, max_side, batch_size, strict, progress)
+    assert isinstance(content, str | Path | Image.Image | Tensor)
+    picture = _load(content, max_side)
+    # A copy, because tensors made in inference mode are of no use to autograd.
+    result = render(picture if picture.ndim == 4 else picture[None]).clone().view_as(picture)
+    return result if isinstance(content, Tensor) else to_pil(result)
 
 
-def _load(path: Path, device: torch.device) -> Tensor:
-    """One picture as float [1,3,H,W]."""
-    return to_float(load_image(path).unsqueeze(0).to(device))
+@torch.inference_mode()
+def _render(
+    recipe: Recipe,
+    pictures: Tensor,
+    style: Style | None,
+    alpha: float,
+    direction: str | None,
+    color: bool,
+) -> Tensor:
+    """Pictures [B,3,H,W] to results of the same range, dtype and device."""
+    images = _prepared(recipe, pictures)
+    result = recipe.stylize(images, style, alpha=alpha, direction=direction)
+    if color:
+        result = keep_color(result, images)
+    if pictures.dtype == torch.uint8:
+        result = to_uint8(result)
+    return result.to(pictures)
+
+
+def keep_color(result: Tensor, content: Tensor) -> Tensor:
+    """The brightness of one picture with the colours of another, both [B,3,H,W] in [-1, 1].
+
+    In YIQ the result has the Y of `result` and the I and Q of `content`. Since all three of R, G
+    and B grow with Y alike, that is ``content + Y(result) - Y(content)``; what leaves [-1, 1] is
+    clamped, where alone I and Q differ. At least fp32.
+
+    Source: Gatys, Bethge, Hertzmann, Shechtman, "Preserving Color in Neural Artistic Style
+    Transfer", 2016 (luminance-only transfer).
+    """
+    return (widen(content) + (brightness(result) - brightness(content))).clamp(-1, 1)
+
+
+# --- Arguments ----------------------------------------------------------------------------------
+
+
+def _as_list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    return list(given) if several else [given]
+
+
+def _as_path(given: Any) -> Path:
+    if not isinstance(given, str | Path):
+        raise TypeError(
+            f"content: with out, expected files and folders, got {type(given).__name__}"
+        )
+    return Path(given)
+
+
+def _pictures_of(style: Picture) -> list[Picture]:
+    """The pictures of a folder, or the one that is given."""
+    if not (isinstance(style, str | Path) and Path(style).is_dir()):
+        return [style]
+    found = find_images(style)
+    if not found:
+        raise ValueError(f"style: no pictures in {style}")
+    return list(found)
+
+
+def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One weight per style, of sum 1."""
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(given) != count:
+        raise ValueError(
+            f"style_weights must be one number per style, {count} here, got {len(given)}"
+        )
+    if given and not (all(0 <= weight < math.inf for weight in given) and sum(given) > 0):
+        raise ValueError(
+            f"style_weights must be finite, not negative and not all 0, got {list(weights or [])}"
+        )
+    return [weight / sum(given) for weight in given]
+
+
+def _recipe(
+    checkpoint: File | Recipe | None, device: str | None, precision: Precision | None
+) -> Recipe:
+    if isinstance(checkpoint, Recipe):
+        if device is not None or precision is not None:
+            raise ValueError("device and precision: the recipe given as checkpoint has its own")
+        return checkpoint
+    where = choose_device(device)
+    dtype = _DTYPES[choose_precision(precision, where)]
+    return load_recipe(pretrained_checkpoint() if checkpoint is None else checkpoint, where).to(
+        dtype
+    )
+
+
+def _mixed_style(
+    recipe: Recipe,
+    styles: Sequence[Sequence[Picture]],
+    weights: Sequence[float],
+    max_side: int | None,
+) -> Style | None:
+    """All styles as one; None where there are none, which the recipe may or may not accept."""
+    if not styles:
+        return None
+    if recipe.directions:
+        raise ValueError(f"style: {recipe.name} takes none, its direction decides")
+    encoded: list[Style] = []
+    shares: list[float] = []
+    for pictures, weight in zip(styles, weights, strict=True):
+        readable = [_encoded(recipe, picture, max_side, len(pictures) == 1) for picture in pictures]
+        found = [style for style in readable if style is not None]
+        if not found:
+            raise ValueError(f"style: none of {len(pictures)} files is a readable picture")
+        encoded += found
+        shares += [weight / len(found)] * len(found)
+    return recipe.mix_styles(encoded, shares)
+
+
+def _encoded(recipe: Recipe, picture: Picture, max_side: int | None, strict: bool) -> Style | None:
+    """One style picture as the recipe wants it; None for a file that is none."""
+    try:
+        image = _load(picture, max_side)
+    except ImageError as error:
+        if strict:
+            raise
+        log.warning("skipped %s", error)
+        return None
+    image = image if image.ndim == 4 else image[None]
+    with _memory_errors(recipe, image), torch.inference_mode():
+        return recipe.encode_style(_prepared(recipe, image))
+
+
+def _load(picture: Picture, max_side: int | None) -> Tensor:
+    """[3,H,W] or, of a tensor, [B,3,H,W], no side longer than `max_side`."""
+    if isinstance(picture, Tensor):
+        if picture.ndim not in (3, 4) or picture.shape[-3] != 3 or picture.numel() == 0:
+            raise ValueError(
+                f"a picture must be [3, H, W] or [B, 3, H, W], got {list(picture.shape)}"
+            )
+        if not (picture.is_floating_point() or picture.dtype == torch.uint8):
+            raise TypeError(f"a picture must be uint8 or float in [-1, 1], got {picture.dtype}")
+        tensor = picture.detach()
+    elif isinstance(picture, Image.Image):
+        tensor = from_pil(picture)
+    else:
+        tensor = load_image(picture)
+    height, width = tensor.shape[-2:]
+    size = _reduced(height, width, max_side)
+    if size == (height, width):
+        return tensor
+    batch = tensor if tensor.ndim == 4 else tensor[None]
+    smaller = F.interpolate(batch, size, mode="bilinear", antialias=True)
+    return smaller if tensor.ndim == 4 else smaller[0]
+
+
+def _reduced(height: int, width: int, max_side: int | None) -> tuple[int, int]:
+    longest = max(height, width)
+    if max_side is None or longest <= max_side:
+        return height, width
+    return max(1, round(height * max_side / longest)), max(1, round(width * max_side / longest))
+
+
+def _prepared(recipe: Recipe, pictures: Tensor) -> Tensor:
+    """[B,3,H,W] as the networks of `recipe` take it."""
+    weight = next(recipe.parameters())
+    images = pictures.to(weight.device)
+    images = to_float(images) if images.dtype == torch.uint8 else images
+    return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def _memory_errors(recipe: Recipe, pictures: Tensor) -> Iterator[None]:
+    """Turns the ways of PyTorch to say 'out of memory' into a MemoryError that says what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        batch, _, height, width = pictures.shape
+        weight = next(recipe.parameters())
+        flags = ["a smaller --batch-size"] if batch > 1 else []
+        flags += ["a smaller --max-side"]
+        if weight.device.type != "cpu":
+            flags += ["--precision bf16"] if weight.dtype == torch.float32 else []
+            flags += ["--device cpu"]
+        raise MemoryError(
+            f"out of memory: {batch} {'picture' if batch == 1 else 'pictures'} of {width}x{height} "
+            f"px in {str(weight.dtype).removeprefix('torch.')} on {weight.device}; "
+            f"{' or '.join(flags)} will help"
+        ) from error
+
+
+# --- Files --------------------------------------------------------------------------------------
 
 
 def _targets(content: Sequence[Path], out: Path) -> dict[Path, Path]:
     """Content files, each with the file its result goes to."""
-    targets: dict[Path, Path] = {}
+    if not content:
+        raise ValueError("content: expected at least one file or folder, got none")
+    names: dict[Path, Path] = {}
+    seen: set[str] = set()
     for given in content:
         found = find_images(given)
         if not found:
             raise ValueError(f"content: no pictures in {given}")
         root = given if given.is_dir() else given.parent
         for source in found:
-            writable = source.suffix.lower() in _WRITABLE
-            name = source.relative_to(root)
-            targets[source] = out / (name if writable else name.with_suffix(".png"))
+            if os.path.abspath(source) not in seen:
+                seen.add(os.path.abspath(source))
+                names[source] = source.relative_to(root)
     single = len(content) == 1 and not content[0].is_dir()
     if not out.is_dir():
         if out.suffix.lower() in _WRITABLE and not single:
@@ -154,18 +419,126 @@ def _targets(content: Sequence[Path], out: Path) -> dict[Path, Path]:
         if out.suffix and single:
             if out.suffix.lower() not in _WRITABLE:
                 raise ValueError(f"out: {out} must end in one of {', '.join(sorted(_WRITABLE))}")
-            targets = {content[0]: out}
-    _refuse_to_overwrite(targets)
-    return targets
+            return {content[0]: out}
+    return _without_collisions(names, out)
 
 
-def _refuse_to_overwrite(targets: Mapping[Path, Path]) -> None:
-    """No result may take the place of a content picture or of another result."""
-    sources = {source.resolve() for source in targets}
+def _without_collisions(names: Mapping[Path, Path], out: Path) -> dict[Path, Path]:
+    """The files in `out` for sources with these names, which are kept if they can be."""
+    kept = {source: name.suffix.lower() in _WRITABLE for source, name in names.items()}
     taken: dict[Path, Path] = {}
-    for source, target in targets.items():
-        if target.resolve() in sources:
-            raise ValueError(f"out: {target} would overwrite a content picture")
-        if target in taken:
-            raise ValueError(f"out: {taken[target]} and {source} would both become {target}")
+    for source in sorted(names, key=lambda source: not kept[source]):
+        wanted = out / (names[source] if kept[source] else names[source].with_suffix(".png"))
+        target = wanted
+        for number in itertools.count(2):
+            if target not in taken:
+                break
+            target = wanted.with_stem(f"{wanted.stem}_{number}")
+        if target != wanted:
+            log.warning("%s becomes %s: %s becomes %s", source, target, taken[wanted], wanted)
         taken[target] = source
+    target_of = {source: target for target, source in taken.items()}
+    return {source: target_of[source] for source in names}
+
+
+def _refuse_to_overwrite(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
+    real = {path.resolve() for path in inputs}
+    for target in targets:
+        if target.resolve() in real:
+            raise ValueError(f"out: {target} would overwrite a content or style picture")
+
+
+def _render_files(
+    targets: Mapping[Path, Path],
+    render: Callable[[Tensor], Tensor],
+    max_side: int | None,
+    batch_size: int,
+    strict: bool,
+    progress: bool,
+) -> list[Path]:
+    """Decodes and encodes files in threads while the networks work."""
+    single = len(targets) == 1
+    written: set[Path] = set()
+    saves: deque[Future[Path]] = deque()
+
+    def finish_saves(but: int) -> None:
+        while len(saves) > but:
+            written.add(saves.popleft().result())
+
+    with (
+        tqdm(total=len(targets), disable=not progress or single, unit="picture") as bar,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
+        for batch in _batches(pool, list(targets), max_side, batch_size, strict or single):
+            results = render(torch.stack([picture for _, picture in batch]))
+            for (source, _), result in zip(batch, results, strict=True):
+                saves.append(pool.submit(_save, result, targets[source]))
+            finish_saves(but=_THREADS)
+            bar.update(len(batch))
+        finish_saves(but=0)
+    unreadable = len(targets) - len(written)
+    if not written:
+        raise ValueError(f"content: none of {unreadable} files is a readable picture")
+    if unreadable:
+        log.warning("%d of %d files are no readable pictures", unreadable, len(targets))
+    return [target for target in targets.values() if target in written]
+
+
+def _save(result: Tensor, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_image(result, target)
+    return target
+
+
+def _batches(
+    pool: ThreadPoolExecutor,
+    sources: Sequence[Path],
+    max_side: int | None,
+    batch_size: int,
+    strict: bool,
+) -> Iterator[list[tuple[Path, Tensor]]]:
+    """Pictures of one size, at most `batch_size` at a time, with their files.
+
+    Files are read in the order of the sizes they state, so that few pictures wait for others of
+    their size; what counts in the end is the size of the decoded, upright picture.
+    """
+    stated = {
+        source: _stated_size(source, max_side) if batch_size > 1 else () for source in sources
+    }
+    ordered = sorted(sources, key=stated.__getitem__)
+    loading = _ahead(pool, ordered, max_side)
+    for _, group in itertools.groupby(loading, lambda item: stated[item[0]]):
+        waiting: dict[torch.Size, list[tuple[Path, Tensor]]] = {}
+        for source, loaded in group:
+            try:
+                picture = loaded.result()
+            except ImageError as error:
+                if strict:
+                    raise
+                log.warning("skipped %s", error)
+                continue
+            batch = waiting.setdefault(picture.shape, [])
+            batch.append((source, picture))
+            if len(batch) == batch_size:
+                yield waiting.pop(picture.shape)
+        yield from waiting.values()
+
+
+def _stated_size(source: Path, max_side: int | None) -> tuple[int, ...]:
+    """The two sides in ascending order: which is the height, the decoder knows."""
+    try:
+        return tuple(sorted(_reduced(*image_size(source), max_side)))
+    except ImageError:  # which the decoder will say again
+        return ()
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, sources: Iterable[Path], max_side: int | None
+) -> Iterator[tuple[Path, Future[Tensor]]]:
+    """Each file with its picture, while the next ones are being decoded."""
+    pending: deque[tuple[Path, Future[Tensor]]] = deque()
+    for source in sources:
+        pending.append((source, pool.submit(_load, source, max_side)))
+        if len(pending) > _THREADS:
+            yield pending.popleft()
+    yield from pending

@@ -53,7 +53,10 @@ def test_no_photograph_is_trained_on_and_shown(demo: Demo):
 def test_pictures_in_the_grid_are_those_that_stylize_makes(demo: Demo, tmp_path: Path):
     content = load_image(demo.content)
     (written,) = stylize(
-        demo.checkpoint, demo.content, demo.styles / "night.png", tmp_path / "result.png"
+        demo.content,
+        demo.styles / "night.png",
+        tmp_path / "result.png",
+        checkpoint=demo.checkpoint,
     )
     assert load_image(written).shape == content.shape
 

@@ -1,6 +1,7 @@
 """Pictures in, pictures out."""
 
 import dataclasses
+import itertools
 import logging
 import pickle
 from collections.abc import Callable
@@ -9,16 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import ExifTags, Image
+from torch import Tensor
 
+import fastgan
 from dummy_recipe import Dummy
-from fastgan import checkpoint
+from fastgan import checkpoint, inference
 from fastgan.checkpoint import CheckpointError
-from fastgan.images import ImageError, load_image, to_float, to_uint8
-from fastgan.inference import load_recipe, stylize
+from fastgan.images import ImageError, from_pil, load_image, to_float, to_uint8
+from fastgan.inference import keep_color, load_recipe, pretrained_checkpoint, stylize
+from fastgan.metrics import gram_distance
+from fastgan.models.features import RandomFeatures
+from fastgan.recipes import Recipe
+from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output, Pictures
 from pictures import write_pictures
+from tiny import save_tiny_recipe, tiny_style_transfer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +51,7 @@ def write(path: Path, height: int = 24, width: int = 20) -> Path:
     return path
 
 
-def size(path: Path) -> tuple[int, int]:
+def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
 
@@ -65,8 +74,8 @@ def test_one_picture(run: Path, folders: Pictures, tmp_path: Path, height: int, 
     content = write(tmp_path / "in.png", height, width)
     style = folders.style / "0.png"
     out = tmp_path / "deep" / "out.png"
-    assert stylize(run, content, style, out, alpha=0.7, device="cpu") == [out]
-    assert size(out) == (width, height)
+    assert stylize(content, style, out, checkpoint=run, alpha=0.7, device="cpu") == [out]
+    assert size_of(out) == (width, height)
     recipe = load_recipe(run)
     with torch.no_grad():
         expected = recipe.stylize(
@@ -78,7 +87,7 @@ def test_one_picture(run: Path, folders: Pictures, tmp_path: Path, height: int, 
 def test_alpha_0_is_the_content(run: Path, folders: Pictures, tmp_path: Path) -> None:
     content = write(tmp_path / "in.png")
     style, out = folders.style / "0.png", tmp_path / "out.png"
-    stylize(run, content, style, out, alpha=0.0, device="cpu")
+    stylize(content, style, out, checkpoint=run, alpha=0.0, device="cpu")
     assert torch.equal(load_image(out), load_image(content))
 
 
@@ -92,15 +101,352 @@ def test_folders_are_mirrored(
     single = write(tmp_path / "single.png")
     with caplog.at_level(logging.WARNING, "fastgan"):
         written = stylize(
-            run, [tmp_path / "in", single], folders.style / "0.png", tmp_path / "out.d"
+            [tmp_path / "in", single], folders.style / "0.png", tmp_path / "out.d", checkpoint=run
         )
     expected = ["a.png", "b/a.jpg", "b/c/odd.png", "b/c/wide.webp", "single.png"]
     assert [str(path.relative_to(tmp_path / "out.d")) for path in written] == expected
     for number, path in enumerate(written[:4]):
-        assert size(path) == (30, 21 + number)
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        f"skipped {tmp_path / 'in' / 'broken.png'}"
+        assert size_of(path) == (30, 21 + number)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"skipped {tmp_path / 'in' / 'broken.png'}: no picture",
+        "1 of 6 files are no readable pictures",
     ]
+
+
+# --- Control over style -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small style_transfer that has learned to draw coloured stripes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        recipe = tiny_style_transfer(weight_adversarial=0.0)
+        recipe.begin_training(48)
+        smooth = F.interpolate(torch.rand(2, 3, 6, 6), scale_factor=8, mode="bilinear")
+    batch = {"content": smooth * 2 - 1, "style": stripes().expand(2, -1, -1, -1)}
+    optimizer = torch.optim.Adam(recipe.generator.parameters(), recipe.config.lr)
+    for _ in range(50):
+        optimizer.zero_grad()
+        terms = recipe.losses("generator", batch, recipe.begin_step(batch))
+        sum(terms.values()).backward()
+        optimizer.step()
+    return save_tiny_recipe(recipe, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def recipe(trained: Path) -> StyleTransfer:
+    loaded = load_recipe(trained)
+    assert isinstance(loaded, StyleTransfer)
+    return loaded
+
+
+def stripes(side: int = 48) -> Tensor:
+    values = torch.arange(side).div(3, rounding_mode="floor") % 2 * 2.0 - 1
+    return (values * torch.tensor([0.9, 0.4, -0.5]).view(1, 3, 1, 1)).expand(1, 3, side, side)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    """[3,H,W] in [-1, 1]."""
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def several_styles() -> list[Tensor]:
+    return [stripes()[0], noise(30, 41), 0.3 * noise(17, 9, 1) - 0.5]
+
+
+@pytest.mark.parametrize("size", [(40, 56), (33, 47), (5, 3)])
+def test_alpha_0_decodes_the_features_of_the_content(
+    recipe: StyleTransfer, size: tuple[int, int]
+) -> None:
+    content = noise(*size)
+    with torch.no_grad():
+        decoded = recipe.generator.decoder(recipe.generator.content_encoder(content[None]))
+    result = stylize(content, stripes(), checkpoint=recipe, alpha=0.0)
+    torch.testing.assert_close(result, decoded[0, :, : size[0], : size[1]], rtol=0, atol=1e-6)
+
+
+def test_the_gram_distance_falls_as_alpha_grows(recipe: StyleTransfer) -> None:
+    content = F.interpolate(noise(6, 6, 3)[None], scale_factor=8, mode="bilinear")
+    judge = RandomFeatures(levels=3, seed=7)
+    distances = [
+        gram_distance(stylize(content, stripes(), checkpoint=recipe, alpha=a), stripes(), judge)
+        for a in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    assert all(after < before for before, after in itertools.pairwise(distances)), distances
+
+
+@pytest.mark.parametrize("hot", range(3))
+def test_one_hot_weights_are_the_single_style(recipe: StyleTransfer, hot: int) -> None:
+    content, styles = noise(33, 40, 5), several_styles()
+    weights = [3.0 if number == hot else 0 for number in range(3)]
+    mixed = stylize(content, styles, checkpoint=recipe, style_weights=weights)
+    assert torch.equal(mixed, stylize(content, styles[hot], checkpoint=recipe))
+
+
+def test_weights_mix_the_maps_that_adain_gives(recipe: StyleTransfer) -> None:
+    content, styles, weights = noise(33, 40, 5)[None], several_styles(), [0.7, 0.1, 0.2]
+    network = recipe.generator
+    with torch.no_grad():
+        features = network.content_encoder(content)
+        maps = [fastgan.adain(features, network.style_encoder(s[None])) for s in styles]
+        mixed = sum(w * x for w, x in zip(weights, maps, strict=True))
+        expected = network.decoder(mixed)[..., :33, :40]
+    result = stylize(content, styles, checkpoint=recipe, style_weights=weights)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert (result - stylize(content, styles[0], checkpoint=recipe)).abs().max() > 0.01
+
+    order = [2, 0, 1]
+    permuted = stylize(
+        content,
+        [styles[i] for i in order],
+        checkpoint=recipe,
+        style_weights=[10 * weights[i] for i in order],  # any sum
+    )
+    torch.testing.assert_close(permuted, result, rtol=0, atol=1e-5)
+
+
+def test_without_weights_styles_count_alike_and_a_folder_is_one(
+    recipe: StyleTransfer, tmp_path: Path
+) -> None:
+    files = [write(tmp_path / "styles" / f"{name}.png", 20 + name, 30) for name in range(3)]
+    other, content = write(tmp_path / "other.png", 40), noise(24, 25)
+    equal = stylize(content, files, checkpoint=recipe)
+    folder = stylize(content, tmp_path / "styles", checkpoint=recipe)
+    torch.testing.assert_close(equal, folder, rtol=0, atol=1e-6)
+    halves = stylize(content, [tmp_path / "styles", other], checkpoint=recipe)
+    single = stylize(content, [*files, other], checkpoint=recipe, style_weights=[1, 1, 1, 3])
+    torch.testing.assert_close(halves, single, rtol=0, atol=1e-6)
+
+
+def test_recipes_that_cannot_mix_say_so(run: Path) -> None:
+    with pytest.raises(ValueError, match="style: dummy takes one style picture, got 2"):
+        stylize(noise(9, 9), [noise(9, 9), noise(9, 9)], checkpoint=run)
+
+
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def test_keep_color_takes_y_from_the_result_and_i_and_q_from_the_content() -> None:
+    content, result = 0.4 * noise(9, 7)[None], 0.4 * noise(9, 7, 1)[None]
+    y, i, q = torch.einsum("yc,bchw->ybhw", YIQ, keep_color(result, content))
+    torch.testing.assert_close(y, torch.einsum("c,bchw->bhw", YIQ[0], result))
+    for chroma, row in ((i, YIQ[1]), (q, YIQ[2])):
+        expected = torch.einsum("c,bchw->bhw", row, content)
+        torch.testing.assert_close(chroma, expected, rtol=0, atol=2e-4)  # rounded rows
+
+
+def test_keep_color_of_a_rendered_picture(recipe: StyleTransfer, tmp_path: Path) -> None:
+    content = write(tmp_path / "in.png", 31, 42)
+    plain = stylize(content, stripes(), checkpoint=recipe)
+    coloured = stylize(content, stripes(), checkpoint=recipe, keep_color=True)
+    y, i, q = (YIQ @ (from_pil(coloured).float() / 127.5 - 1).flatten(1)).unbind()
+    _, i_content, q_content = (YIQ @ to_float(load_image(content)).flatten(1)).unbind()
+    y_plain = (YIQ @ to_float(from_pil(plain)).flatten(1))[0]
+    inside = ((from_pil(coloured) > 0) & (from_pil(coloured) < 255)).all(0).flatten()
+    assert inside.float().mean() > 0.3
+    step = 2 / 255
+    for actual, expected in ((y, y_plain), (i, i_content), (q, q_content)):
+        assert (actual - expected)[inside].abs().max() <= 1.01 * step
+    assert from_pil(coloured).float().sub(from_pil(plain).float()).abs().mean() > 5
+
+
+# --- One picture --------------------------------------------------------------------------------
+
+
+def test_pictures_come_back_as_they_are_given(recipe: StyleTransfer, tmp_path: Path) -> None:
+    path, style = write(tmp_path / "in.png", 22, 31), write(tmp_path / "style.png", 40, 30)
+    with Image.open(path) as content, Image.open(style) as style_image:
+        rendered = stylize(content, style_image, checkpoint=recipe)
+    assert isinstance(rendered, Image.Image)
+    assert (rendered.size, rendered.mode) == ((31, 22), "RGB")
+    expected = from_pil(rendered)
+    assert torch.equal(from_pil(stylize(str(path), str(style), checkpoint=recipe)), expected)
+
+    pixels = load_image(path)
+    for picture in (pixels, pixels[None]):
+        result = stylize(picture, load_image(style), checkpoint=recipe)
+        assert (result.dtype, result.shape) == (torch.uint8, picture.shape)
+        assert torch.equal(result.view_as(expected), expected)
+    images = to_float(pixels)[None].expand(2, -1, -1, -1).double()
+    result = stylize(images, style, checkpoint=recipe)
+    assert (result.dtype, result.shape) == (torch.float64, images.shape)
+    assert torch.equal(to_uint8(result[1]), expected)
+    (2 * result.requires_grad_()).sum().backward()  # no inference tensor
+
+
+def test_a_pillow_image_is_turned_upright(recipe: StyleTransfer) -> None:
+    image = Image.fromarray(np.zeros((20, 30, 4), np.uint8))
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    assert stylize(image, stripes(), checkpoint=recipe).size == (20, 30)
+
+
+def test_max_side_reduces_first(recipe: StyleTransfer, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.png", 30, 64)
+    small = stylize(path, stripes(24), checkpoint=recipe, max_side=32)
+    assert small.size == (32, 15)
+    with Image.open(path) as image:
+        reduced = image.resize((32, 15), Image.Resampling.BILINEAR)
+    expected = stylize(reduced, stripes(24), checkpoint=recipe)
+    assert (from_pil(small).float() - from_pil(expected).float()).abs().mean() < 2
+    assert stylize(path, stripes(), checkpoint=recipe, max_side=64).size == (64, 30)
+    wide = write(tmp_path / "wide.png", 1, 90)
+    assert stylize(wide, stripes(), checkpoint=recipe, max_side=9).size == (9, 1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_is_close_to_fp32(trained: Path, precision: str) -> None:
+    content, style = noise(37, 44), stripes()
+    full = stylize(content, style, checkpoint=trained, device="cpu", precision="fp32")
+    half = stylize(content, style, checkpoint=trained, device="cpu", precision=precision)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().mean() < 0.01
+
+
+def test_a_recipe_keeps_its_own_device_and_precision(recipe: StyleTransfer) -> None:
+    for option in ({"device": "cpu"}, {"precision": "bf16"}):
+        with pytest.raises(ValueError, match="device and precision: the recipe given"):
+            stylize(noise(9, 9), stripes(), checkpoint=recipe, **option)
+
+
+def test_the_pretrained_checkpoint_is_the_default(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "__file__", str(tmp_path / "inference.py"))
+    with pytest.raises(FileNotFoundError, match=r"lacks the pretrained one, .*reinstall fastgan"):
+        pretrained_checkpoint()
+    (tmp_path / "pretrained").mkdir()
+    pretrained_checkpoint_path = tmp_path / "pretrained" / "lite.safetensors"
+    pretrained_checkpoint_path.write_bytes(trained.read_bytes())
+    assert pretrained_checkpoint() == pretrained_checkpoint_path
+    content = noise(20, 20)
+    expected = stylize(content, stripes(), checkpoint=trained, device="cpu")
+    assert torch.equal(stylize(content, stripes(), device="cpu"), expected)
+
+
+# --- Folders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, tuple[int, int]]:
+    """Names below ``in/`` and sizes (width, height) of pictures of every kind."""
+    root = tmp_path / "in"
+    sizes = {f"{number}.png": (30, 24) for number in range(5)}
+    sizes |= {f"b/c/{number}.jpg": (24, 30) for number in range(3)}
+    sizes |= {"b/wide.webp": (130, 9), "b/Ünïcödé 名.png": (30, 24), "x/1.bmp": (1, 1)}
+    for name, (width, height) in sizes.items():
+        write(root / name, height, width)
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (24, 30), dtype=np.uint8)
+    Image.fromarray(grey).save(root / "grey.png")
+    Image.fromarray(grey * np.uint16(257)).save(root / "deep.tif")
+    Image.fromarray(rng.integers(0, 255, (24, 30, 4), dtype=np.uint8)).save(root / "alpha.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(grey).save(root / "turned.jpg", exif=exif)
+    return sizes | dict.fromkeys(("grey.png", "deep.tif", "alpha.png"), (30, 24)) | {
+        "turned.jpg": (24, 30)
+    }  # fmt: skip
+
+
+def test_every_picture_once_with_its_name_and_size(
+    recipe: StyleTransfer,
+    tree: dict[str, tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[tuple[int, ...]] = []
+    render = StyleTransfer.stylize
+
+    def noting(self: Recipe, content: Tensor, *args: object, **options: object) -> Tensor:
+        batches.append(tuple(content.shape))
+        return render(self, content, *args, **options)
+
+    monkeypatch.setattr(StyleTransfer, "stylize", noting)
+    results = {}
+    for size in (1, 3):
+        out = tmp_path / f"out{size}"
+        batches.clear()
+        content = [tmp_path / "in", tmp_path / "in" / "0.png"]  # one of them twice
+        written = stylize(content, stripes(), out, checkpoint=recipe, batch_size=size)
+        assert {str(p.relative_to(out)): size_of(p) for p in written} == tree
+        assert sorted(written) == sorted(p for p in out.rglob("*") if p.is_file())
+        assert sum(batch[0] for batch in batches) == len(tree)
+        results[size] = [load_image(path).int() for path in written if path.suffix != ".jpg"]
+    assert sorted(batches) == sorted(
+        [(3, 3, 24, 30)] * 3 + [(3, 3, 30, 24), (1, 3, 30, 24), (1, 3, 9, 130), (1, 3, 1, 1)]
+    )
+    for alone, together in zip(results[1], results[3], strict=True):
+        assert (alone - together).abs().max() <= 1
+
+
+def test_pictures_of_one_name_are_told_apart(
+    recipe: StyleTransfer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    sizes = {first / "a.gif": 20, first / "a.jpg": 21, first / "a.png": 22, second / "a.png": 23}
+    for path, height in sizes.items():
+        write(path, height)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        written = stylize([first, second], stripes(), out, checkpoint=recipe)
+    names = ["a_3.png", "a.jpg", "a.png", "a_2.png"]
+    assert written == [out / name for name in names]
+    assert [size_of(path)[1] for path in written] == list(sizes.values())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{second / 'a.png'} becomes {out / 'a_2.png'}: {first / 'a.png'} becomes {out / 'a.png'}",
+        f"{first / 'a.gif'} becomes {out / 'a_3.png'}: {first / 'a.png'} becomes {out / 'a.png'}",
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_strict_ends_at_the_first_file_that_is_no_picture(
+    recipe: StyleTransfer, tmp_path: Path, batch_size: int
+) -> None:
+    write(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_text("no picture")
+    options = {"checkpoint": recipe, "batch_size": batch_size}
+    written = stylize(tmp_path / "in", stripes(), tmp_path / "out", **options)
+    assert [path.name for path in written] == ["a.png"]
+    with pytest.raises(ImageError, match=r"b\.png: no picture"):
+        stylize(tmp_path / "in", stripes(), tmp_path / "out", strict=True, **options)
+
+
+def test_unreadable_pictures_of_a_style_folder_are_skipped(
+    recipe: StyleTransfer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write(tmp_path / "styles" / "a.png")
+    (tmp_path / "styles" / "b.png").write_text("no picture")
+    content = noise(20, 20)
+    expected = stylize(content, good, checkpoint=recipe)
+    assert torch.equal(stylize(content, tmp_path / "styles", checkpoint=recipe), expected)
+    assert "b.png: no picture" in caplog.text
+    good.write_text("no picture")
+    with pytest.raises(ValueError, match="style: none of 2 files is a readable picture"):
+        stylize(content, tmp_path / "styles", checkpoint=recipe)
+
+
+def test_out_of_memory_is_one_line_that_helps(
+    recipe: StyleTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.png", 24, 20)
+    monkeypatch.setattr(StyleTransfer, "stylize", fail)
+    with pytest.raises(MemoryError) as caught:
+        stylize(tmp_path / "in", stripes(), tmp_path / "out", checkpoint=recipe, batch_size=2)
+    assert str(caught.value) == (
+        "out of memory: 2 pictures of 20x24 px in float32 on cpu; "
+        "a smaller --batch-size or a smaller --max-side will help"
+    )
+
+    def broken(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(StyleTransfer, "stylize", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        stylize(noise(9, 9), stripes(), checkpoint=recipe)
 
 
 class TestWrongArguments:
@@ -131,6 +477,33 @@ class TestWrongArguments:
     def test_alpha(self, refused: Callable[..., object], alpha: float) -> None:
         refused(ValueError, alpha=alpha)
 
+    def test_weights(self, refused: Callable[..., object], folders: Pictures) -> None:
+        styles = [folders.style / "0.png", folders.style / "1.png"]
+        nan = float("nan")
+        for weights in ([1], [1, 1, 1], [], [1, -1], [1, nan], [1, float("inf")], [0, 0]):
+            caught = refused(ValueError, style=styles, style_weights=weights)
+            assert str(caught.value).startswith("style_weights must be ")
+        refused(ValueError, style=None, style_weights=[1.0])
+
+    def test_direction(self, refused: Callable[..., object]) -> None:
+        caught = refused(ValueError, direction="AtoB")
+        assert str(caught.value) == "direction: dummy has none, its style picture decides"
+
+    def test_counts(self, refused: Callable[..., object]) -> None:
+        refused(ValueError, batch_size=0)
+        refused(ValueError, max_side=0)
+
+    def test_what_is_no_picture(self, run: Path, tmp_path: Path) -> None:
+        for shape in ((9, 9), (1, 9, 9), (3, 0, 9), (1, 1, 3, 9, 9)):
+            with pytest.raises(ValueError, match=r"a picture must be \[3, H, W\] or"):
+                stylize(torch.zeros(shape), stripes(), checkpoint=run)
+        with pytest.raises(TypeError, match=r"uint8 or float in \[-1, 1\], got torch.int64"):
+            stylize(torch.zeros(3, 9, 9).long(), stripes(), checkpoint=run)
+        with pytest.raises(TypeError, match="several pictures need a folder"):
+            stylize([tmp_path / "a.png"], stripes(), checkpoint=run)
+        with pytest.raises(TypeError, match="with out, expected files and folders, got Tensor"):
+            stylize(noise(9, 9), stripes(), tmp_path / "out.png", checkpoint=run)
+
     def test_no_content(self, refused: Callable[..., object], tmp_path: Path) -> None:
         refused(ValueError, content=[])
         refused(FileNotFoundError, content=tmp_path / "nowhere")
@@ -148,7 +521,7 @@ class TestWrongArguments:
         refused(ValueError, out=tmp_path / "in.png")
         refused(ValueError, out=tmp_path)  # in.png would be overwritten
         refused(ValueError, content=folders.content, out=tmp_path / "out.png")
-        refused(ValueError, content=[folders.content, folders.style])  # names collide
+        refused(ValueError, out=folders.style / "0.png")  # the style itself
 
     def test_checkpoint(self, refused: Callable[..., object], tmp_path: Path, run: Path) -> None:
         refused(CheckpointError, checkpoint=tmp_path / "nowhere.safetensors")

@@ -216,6 +216,6 @@ def test_losses_fall_and_bf16_stays_close_to_fp32(
         torch.testing.assert_close(smooth[1], smooth[0], rtol=0.15, atol=0.0)
         assert not torch.equal(curves[0], curves[1])
     photo, out = data / "trainA" / "0.png", tmp_path / "out.png"
-    stylize(tmp_path / "fp32", photo, None, out, direction="AtoB")
+    stylize(photo, None, out, checkpoint=tmp_path / "fp32", direction="AtoB")
     red, _, blue = load_image(out).float().mean((1, 2))
     assert blue > red  # the reds of A have become the blues of B

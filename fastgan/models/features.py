@@ -168,10 +168,14 @@ def grey(images: Tensor) -> Tensor:
     Brightness after ITU-R BT.601, in three equal channels. Two pictures that differ in nothing but
     brightness, contrast or tint become the same. fp32, also for 16-bit pictures.
     """
+    return (0.5 * instance_norm(brightness(images))).expand(-1, 3, -1, -1)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Luma of RGB pictures [B,3,H,W] after ITU-R BT.601, the Y of YIQ: [B,1,H,W], at least fp32."""
     images = widen(images)
     weights = images.new_tensor(_BRIGHTNESS)[:, None, None]
-    brightness = (images * weights).sum(1, keepdim=True)
-    return (0.5 * instance_norm(brightness)).expand(-1, 3, -1, -1)
+    return (images * weights).sum(1, keepdim=True)
 
 
 def _natural_noise(size: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgan.models.blocks import NormedResidual, conv
 from fastgan.nn import ReflectionPad2d
-from fastgan.ops.instance_norm import InstanceStats, adain
+from fastgan.ops.instance_norm import InstanceStats, adain, instance_stats
 
 MIN_SIDE = 8
 """Pictures with a shorter side than this, in pixels, are extended by repeating their border."""
@@ -121,8 +121,9 @@ class StyleTransferGAN(nn.Module):
     """The generator: ``StyleTransferGAN()(content, style, alpha=1.0)`` gives the stylised content.
 
     `content` [B,3,H,W] and `style` [B or 1,3,h,w] are RGB in [-1, 1] of any size; the result is
-    [B,3,H,W]. At `alpha` 0 the content's own features are decoded, at 1 they have the style's
-    statistics.
+    [B,3,H,W]. Statistics of style features may stand in for `style`, computed once
+    (`encode_style`) or mixed. At `alpha` 0 the content's own features are decoded, at 1 they have
+    the style's statistics.
     """
 
     def __init__(self, config: StyleTransferConfig = LITE) -> None:
@@ -132,9 +133,17 @@ class StyleTransferGAN(nn.Module):
         self.style_transfer = StyleTransferModule()
         self.decoder = Decoder(config)
 
-    def forward(self, content: Tensor, style: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+    def encode_style(self, style: Tensor) -> InstanceStats:
+        """All that AdaIN takes from style pictures [B,3,h,w]: two tensors [B, 4·width]."""
+        return instance_stats(self.style_encoder(style))
+
+    def forward(
+        self, content: Tensor, style: Tensor | InstanceStats, alpha: float | Tensor = 1.0
+    ) -> Tensor:
         features = self.style_transfer(
-            self.content_encoder(content), self.style_encoder(style), alpha
+            self.content_encoder(content),
+            self.style_encoder(style) if isinstance(style, Tensor) else style,
+            alpha,
         )
         return self.decoder(features)[..., : content.shape[2], : content.shape[3]]
 

@@ -418,8 +418,9 @@ def _check_alpha(op: str, alpha: float | Tensor, content: Tensor) -> None:
         return
     if alpha.requires_grad:
         raise ValueError(f"{op}: alpha takes no gradient; pass alpha.detach()")
-    if alpha.shape != (len(content),):
+    if alpha.ndim != 1 or alpha.shape[0] != content.shape[0]:
         raise ValueError(
-            f"{op}: alpha must be a number or a tensor [{len(content)}], got {_checks.shape(alpha)}"
+            f"{op}: alpha must be a number or a tensor [{content.shape[0]}], "
+            f"got {_checks.shape(alpha)}"
         )
     _checks.same_device(op, "alpha", alpha, "content", content)

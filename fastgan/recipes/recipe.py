@@ -30,8 +30,14 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastgan.ops.instance_norm import InstanceStats
+
 Batch: TypeAlias = Mapping[str, Tensor]
 """Domain name -> pictures [B,3,H,W], RGB float in [-1, 1]; besides, what `Recipe.draw` returned."""
+
+
+Style: TypeAlias = Tensor | InstanceStats
+"""Style pictures [B or 1,3,h,w], or the statistics of their features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,17 +163,32 @@ class Recipe(nn.Module, abc.ABC):
         Networks of the generator hold their averaged weights during the call.
         """
 
+    def encode_style(self, style: Tensor) -> Style:
+        """What `stylize` needs of a style picture [1,3,h,w], computed once for many contents."""
+        return style
+
+    def mix_styles(self, styles: Sequence[Style], weights: Sequence[float]) -> Style:
+        """Several encoded styles as one; the weights sum to 1.
+
+        Raises:
+            ValueError: there are several, and the recipe cannot mix.
+        """
+        if len(styles) > 1:
+            raise ValueError(f"style: {self.name} takes one style picture, got {len(styles)}")
+        return styles[0]
+
     @abc.abstractmethod
     def stylize(
         self,
         content: Tensor,
-        style: Tensor | None = None,
+        style: Style | None = None,
         *,
         alpha: float = 1.0,
         direction: str | None = None,
     ) -> Tensor:
         """Pictures [B,3,H,W] of any size in, pictures of the same size out.
 
-        `style` [B or 1,3,h,w] and `alpha` (strength, 0 to 1) are for recipes without `directions`;
-        `direction` is for those that have some. What is missing or too much is a ValueError.
+        `style` ([B or 1,3,h,w], or what `encode_style` and `mix_styles` gave) and `alpha`
+        (strength, 0 to 1) are for recipes without `directions`; `direction` is for those that have
+        some. What is missing or too much is a ValueError.
         """

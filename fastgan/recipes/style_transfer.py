@@ -18,8 +18,13 @@ from fastgan.ops.gan_loss import (
     generator_loss,
 )
 from fastgan.ops.gram import content_loss, gram_matrix, style_loss
-from fastgan.ops.instance_norm import adain_style_loss, instance_norm, instance_stats
-from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig
+from fastgan.ops.instance_norm import (
+    InstanceStats,
+    adain_style_loss,
+    instance_norm,
+    instance_stats,
+)
+from fastgan.recipes.recipe import AdamSettings, Batch, Preset, Recipe, RecipeConfig, Style
 from fastgan.reference import widen
 
 
@@ -288,10 +293,26 @@ class StyleTransfer(Recipe):
         content, style = batch["content"], batch["style"]
         return {"content": content, "style": style, "result": self.generator(content, style)}
 
+    def encode_style(self, style: Tensor) -> InstanceStats:
+        return self.generator.encode_style(style)
+
+    def mix_styles(self, styles: Sequence[Style], weights: Sequence[float]) -> InstanceStats:
+        """Interpolates feature maps, as the AdaIN paper does.
+
+        AdaIN is linear in the statistics, so the weighted sum of the maps it gives for several
+        styles is the map it gives for the weighted sums of their means and deviations.
+        """
+        return InstanceStats(
+            *(
+                torch.stack([weight * x for weight, x in zip(weights, values, strict=True)]).sum(0)
+                for values in zip(*styles, strict=True)
+            )
+        )
+
     def stylize(
         self,
         content: Tensor,
-        style: Tensor | None = None,
+        style: Style | None = None,
         *,
         alpha: float = 1.0,
         direction: str | None = None,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.ops.gan_loss import DiscriminatorStats
-from fastgan.recipes.recipe import Batch, Recipe
+from fastgan.recipes.recipe import Batch, Recipe, Style
 
 
 class TwoDomainRecipe(Recipe):
@@ -51,7 +51,7 @@ class TwoDomainRecipe(Recipe):
     def stylize(
         self,
         content: Tensor,
-        style: Tensor | None = None,
+        style: Style | None = None,
         *,
         alpha: float = 1.0,
         direction: str | None = None,

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+from fastgan.device import is_out_of_memory
 
 
 class TrainingError(RuntimeError):
@@ -124,7 +124,7 @@ def memory_errors(hint: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        if is_out_of_memory(error):
             raise TrainingError(f"out of memory: {hint}") from error
         raise
 
