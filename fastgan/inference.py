@@ -101,13 +101,24 @@ def _load_checkpoint(path: Path) -> Recipe:
     try:
         kind = recipe_class(state["recipe"])
         recipe = kind(from_json(kind.config_class, state["config"]["recipe"], "config.recipe"))
-        recipe.load_state_dict(state["networks"])
+        recipe.load_state_dict({**_of_training_alone(recipe), **state["networks"]})
         # Apart, because a weight that networks share has one name here and two names there.
         recipe.load_state_dict(state["average"], strict=False)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} (fastgan {state.get('fastgan')}): {reason}") from None
     return recipe
+
+
+def _of_training_alone(recipe: Recipe) -> dict[str, Tensor]:
+    """The part of the state dict that a checkpoint for inference may leave out: discriminators."""
+    used = {
+        id(value)
+        for network in recipe.networks("generator")
+        for value in network.state_dict(keep_vars=True).values()
+    }
+    state = recipe.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if id(value) not in used}
 
 
 @overload
