@@ -17,11 +17,11 @@ import numpy as np
 import skimage.data
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-from skimage.filters import gaussian
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from fastgan import drawing
 from fastgan.images import save_image, to_float
 from fastgan.inference import load_recipe
 from fastgan.metrics import gram_distance, structure_correlation
@@ -156,9 +156,9 @@ def _write_pictures(out: Path) -> None:
         "rocket": skimage.data.rocket,
     }
     style: dict[str, Callable[[], np.ndarray | Image.Image]] = {
-        "glass": _draw_glass,
-        "ink": _draw_ink,
-        "night": _draw_night,
+        "glass": drawing.glass,
+        "ink": drawing.ink,
+        "night": drawing.night,
         "tissue": skimage.data.immunohistochemistry,
     }
     for folder, pictures in (("content", content), ("style", style)):
@@ -176,97 +176,6 @@ def _load(path: Path) -> Tensor:
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
     return to_float(TF.resize(pixels, [_SIDE], antialias=True))
-
-
-def _smooth_noise(random: np.random.Generator, side: int, blur: float) -> np.ndarray:
-    """[side,side] of mean 0 and standard deviation 1."""
-    noise = gaussian(random.standard_normal((side, side)), blur, mode="wrap")
-    return (noise - noise.mean()) / noise.std()
-
-
-def _shade(random: np.random.Generator, colour: np.ndarray, by: int = 14) -> tuple[int, ...]:
-    return tuple(int(c) for c in np.clip(colour + random.integers(-by, by + 1, 3), 0, 255))
-
-
-def _draw_night(side: int = 512, strokes: int = 4000) -> Image.Image:
-    """Brush strokes that follow a swirling field, in blues with yellow lights."""
-    random = np.random.default_rng(1)
-    down, right = np.gradient(_smooth_noise(random, side, 60))
-    tone = _smooth_noise(random, side, 30)
-    palette = np.array(
-        [
-            (8, 20, 70),
-            (20, 50, 130),
-            (30, 90, 180),
-            (70, 150, 210),
-            (160, 205, 215),
-            (245, 225, 130),
-            (250, 190, 40),
-        ]
-    )
-    image = Image.new("RGB", (side, side), tuple(palette[1]))
-    draw = ImageDraw.Draw(image)
-    for y, x in random.random((strokes, 2)) * side:
-        light = 0.45 + 0.22 * tone[int(y), int(x)] + 0.16 * random.standard_normal()
-        colour = palette[int(np.clip(light, 0, 0.999) * len(palette))]
-        path = [(x, y)]
-        for _ in range(14):  # along the contours of the field
-            at = int(y) % side, int(x) % side
-            speed = np.hypot(right[at], down[at]) + 1e-9
-            y, x = y - 3 * right[at] / speed, x + 3 * down[at] / speed
-            path.append((x, y))
-        width = int(random.integers(7, 13))
-        draw.line(path, fill=_shade(random, colour), width=width, joint="curve")
-    return image
-
-
-def _draw_glass(side: int = 512, panes: int = 110) -> Image.Image:
-    """Coloured panes with dark leads between them: the cells nearest to scattered points."""
-    random = np.random.default_rng(0)
-    palette = np.array(
-        [
-            (20, 40, 140),
-            (200, 30, 40),
-            (245, 180, 30),
-            (20, 130, 80),
-            (110, 40, 140),
-            (240, 230, 190),
-            (30, 140, 200),
-            (235, 110, 30),
-        ]
-    )
-    coordinates = torch.arange(side, dtype=torch.float32)
-    pixels = torch.cartesian_prod(coordinates, coordinates)
-    points = torch.from_numpy(random.random((panes, 2)) * side).float()
-    for _ in range(2):  # moved to the middle of their cells, so that panes are of similar size
-        owner = torch.cdist(pixels, points).argmin(1)
-        count = torch.bincount(owner, minlength=panes).clamp(min=1)[:, None]
-        points = torch.zeros(panes, 2).index_add(0, owner, pixels) / count
-    distance, nearest = (t.numpy() for t in torch.cdist(pixels, points).topk(2, largest=False))
-    colours = palette[random.integers(len(palette), size=panes)] * random.uniform(
-        0.8, 1.1, (panes, 1)
-    )
-    panes_lit = colours[nearest[:, 0]].reshape(side, side, 3)
-    panes_lit *= 1 + 0.1 * _smooth_noise(random, side, 3)[..., None]
-    between = (distance[:, 1] - distance[:, 0]).reshape(side, side, 1)
-    visible = np.clip((between - 7) / 3, 0, 1)
-    return Image.fromarray(np.clip(12 + visible * (panes_lit - 12), 0, 255).astype(np.uint8))
-
-
-def _draw_ink(side: int = 512, strokes: int = 900) -> Image.Image:
-    """Crossed pen strokes on paper, denser where a field is dark."""
-    random = np.random.default_rng(4)
-    tone = _smooth_noise(random, side, 36)
-    image = Image.new("RGB", (side, side), (246, 240, 226))
-    draw = ImageDraw.Draw(image)
-    for angle, threshold in ((0.8, -0.6), (-0.8, 0.2), (0.1, 0.9)):
-        for y, x in random.random((strokes, 2)) * side:
-            turned = angle + 0.08 * random.standard_normal()
-            length = random.uniform(20, 50)
-            dx, dy = length * np.cos(turned), length * np.sin(turned)
-            if tone[int(y), int(x)] > threshold:
-                draw.line((x - dx, y - dy, x + dx, y + dy), fill=(40, 34, 44), width=4)
-    return image
 
 
 # --- Results ------------------------------------------------------------------------------------
