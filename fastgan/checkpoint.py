@@ -13,6 +13,7 @@ import base64
 import json
 import math
 import os
+import types
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ except ImportError as error:
         "fastgan.checkpoint needs safetensors: pip install 'fastgan[train]'"
     ) from error
 
-__all__ = ["CheckpointError", "load", "read_header", "save"]
+__all__ = ["CheckpointError", "dumps", "load", "loads", "read_header", "save"]
 
 _VERSION = 1
 
@@ -67,14 +68,31 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"save: path must end in .safetensors, got {path}")
-    encoder = _Encoder()
-    tree = encoder.encode(state, ())
-    header = json.dumps({"version": _VERSION, "tree": tree}, allow_nan=False)
-    content = safetensors.torch.save(encoder.tensors, {"format": "pt", "fastgan": header})
+    content = dumps(state)
     try:
         _replace(path, content)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
+
+
+def dumps(state: Any) -> bytes:
+    """What `save` would write to a file; `loads` reads it.
+
+    Raises:
+        TypeError: something in `state` cannot be stored; names where it is.
+    """
+    encoder = _Encoder()
+    tree = encoder.encode(state, ())
+    header = json.dumps({"version": _VERSION, "tree": tree}, allow_nan=False)
+    return safetensors.torch.save(encoder.tensors, {"format": "pt", "fastgan": header})
+
+
+def loads(content: bytes) -> Any:
+    """The tree that `dumps` made `content` of, on the CPU; for what this process's peers sent."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])["__metadata__"]["fastgan"]
+    tensors = types.SimpleNamespace(get_tensor=safetensors.torch.load(content).__getitem__)
+    return _Decoder(tensors, torch.device("cpu")).decode(json.loads(header)["tree"])
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Any:

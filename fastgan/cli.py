@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -75,11 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    from fastgan.training.distributed import launched_rank, say_once
+
+    try:
+        return _train_here(arguments)
+    except Failure as failure:
+        code = failure.code
+        bar = "\n" if launched_rank() > 0 else ""  # the first process's may be on the screen
+        say_once(str(failure), lambda message: print(f"{bar}fastgan: {message}", file=sys.stderr))
+        return code
+
+
+def _train_here(arguments: list[str]) -> int:
     import tyro
 
     from fastgan.recipes import RECIPES, recipe_class
     from fastgan.training import Trainer
     from fastgan.training.config import TrainConfig
+    from fastgan.training.distributed import launched_rank, leave_world
 
     if not arguments or arguments[0] in ("-h", "--help"):
         names = ", ".join(name.replace("_", "-") for name in RECIPES)
@@ -89,8 +103,9 @@ def _train(arguments: list[str]) -> int:
         )
         return 0
     name, *flags = arguments
-    _log_to_stderr()
-    with _argument_errors():
+    first = launched_rank() == 0
+    _log_to_stderr(logging.INFO if first else logging.ERROR)
+    with _argument_errors(), contextlib.nullcontext() if first else _muted():
         recipe = recipe_class(name)
         config = tyro.cli(
             TrainConfig,
@@ -104,6 +119,9 @@ def _train(arguments: list[str]) -> int:
         with _argument_errors():
             trainer = Trainer(recipe, config, progress=True)
         trainer.train()
+    leave_world()
+    if not first:
+        return 0
     run = config.output.out
     how = f"--direction {recipe.directions[0]}" if recipe.directions else "--style STYLE"
     print(
@@ -309,7 +327,15 @@ def _first_line(thing: Any) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Another process says the same."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _log_to_stderr(level: int = logging.INFO) -> None:
     """Log lines go above a progress bar, not through it."""
     from tqdm import tqdm
 
@@ -321,7 +347,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("fastgan")
     if not logger.handlers:
         logger.addHandler(Lines())
-        logger.setLevel(logging.INFO)
+        logger.setLevel(level)
 
 
 def _fail(code: int, message: str) -> int:

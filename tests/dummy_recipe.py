@@ -104,7 +104,10 @@ class Dummy(Recipe):
         _signal_in(step)
         return {
             "slot": torch.randint(4, (1,), generator=generator),
-            "fault": torch.tensor(0 <= step - self.config.fault_step < self.config.fault_steps),
+            "fault": torch.tensor(
+                0 <= step - self.config.fault_step < self.config.fault_steps
+                and _meant("FAULT_RANK")
+            ),
         }
 
     def begin_step(self, batch: Batch) -> Tensor:
@@ -158,8 +161,14 @@ RECIPES[Dummy.name] = Dummy
 
 def _signal_in(step: int) -> None:
     """The signal that the environment asks for in this step, sent to this process."""
-    if step == int(os.environ.get("SIGNAL_STEP", "-1")):
+    if step == int(os.environ.get("SIGNAL_STEP", "-1")) and _meant("SIGNAL_RANK"):
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+
+def _meant(variable: str) -> bool:
+    """Whether the environment means this process; where it says nothing, all are meant."""
+    rank = os.environ.get("RANK")
+    return os.environ.get(variable, rank) == rank
 
 
 def _signalling(recipe: type[Recipe]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+ResultT = TypeVar("ResultT")
 
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 
@@ -34,7 +36,7 @@ class RecordedGraph:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+        self._pieces: list[list[tuple[Any, Any, Any, list[Tensor | None]]]] = []
         self.replays = 0
 
     def rehearse(self, work: Callable[[], None]) -> str | None:
@@ -42,23 +44,24 @@ class RecordedGraph:
             work()
         return f"{watch.waits[0]} waits for the device" if watch.waits else None
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], ResultT]) -> ResultT:
         random = torch.get_rng_state()
         with _Recorder() as recorder:
-            work()
+            result = work()
         torch.set_rng_state(random)
         for storage, content in recorder.found.values():
             storage.copy_(content)
-        self._calls = recorder.calls
-        for *_, made in self._calls:
+        self._pieces.append(recorder.calls)
+        for *_, made in recorder.calls:
             for tensor in made:
                 if tensor is not None and tensor.is_floating_point():
                     tensor.fill_(torch.nan)
+        return result
 
     @torch.no_grad()
-    def replay(self) -> None:
+    def replay(self, piece: int = 0) -> None:
         self.replays += 1
-        for func, args, kwargs, made in self._calls:
+        for func, args, kwargs, made in self._pieces[piece]:
             for result, recorded in zip(tree_leaves(func(*args, **kwargs)), made, strict=True):
                 if recorded is not None:
                     recorded.copy_(result)

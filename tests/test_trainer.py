@@ -30,7 +30,7 @@ from fastgan.training.config import (
     config_from_json,
 )
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
-from fastgan.training.guards import LossLedger, StopSignals
+from fastgan.training.guards import StopSignals, stack_losses
 from fastgan.training.reporting import grid
 from pictures import write_pictures
 
@@ -401,14 +401,14 @@ class TestGuards:
         with pytest.raises(TrainingError) as caught:
             Trainer(Dummy, config).train()
         assert str(caught.value) == (
-            "out of memory: 2 pictures of 32 px of each kind in fp32 on cpu; a smaller "
-            "--batch-size or --size and --precision bf16 will help"
+            "out of memory: 2 pictures of 32 px of each kind in fp32 on cpu; these help: "
+            "a smaller --batch-size (--accumulate makes up for it) or --size, "
+            "--activation-checkpointing, --precision bf16"
         )
 
     def test_losses_must_be_scalars(self) -> None:
-        ledger = LossLedger(torch.device("cpu"))
         with pytest.raises(ValueError, match=r"'real' of phase 'discriminator' .* got shape \[2\]"):
-            ledger.record_losses("discriminator", {"real": torch.zeros(2)})
+            stack_losses("discriminator", {"real": torch.zeros(2)})
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_signals(

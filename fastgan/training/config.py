@@ -64,13 +64,19 @@ class Training:
     steps: int | None = None
     """Updates in all, those before a resume included; None: as many as the recipe wants."""
     batch_size: int = 8
-    """Pictures of each kind per update."""
+    """Pictures of each kind per pass and process; an update sees this many times accumulate times
+    the number of processes."""
+    accumulate: int = 1
+    """Passes per update, whose gradients add up: a large batch in the memory of a small one."""
+    activation_checkpointing: bool = False
+    """Compute the generator's activations again in the backward instead of keeping them: less
+    memory, slower steps, the same result."""
     ema_decay: float = 0.999
     """Decay of the running average of the generator's weights, which inference uses; 0 is none."""
     seed: int = 0
     """Decides the initial weights, the order of the pictures and their crops."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; None: a GPU if there is one."""
+    """cpu, cuda, cuda:1, mps; None: a GPU if there is one, of several processes each its own."""
     precision: Precision | None = None
     """Autocast dtype; None: bf16 on GPUs since Ampere, fp16 on older ones, fp32 elsewhere."""
     engine: EngineName = "eager"
@@ -82,6 +88,7 @@ class Training:
         if self.steps is not None:
             _require("steps", self.steps, at_least=1)
         _require("batch_size", self.batch_size, at_least=1)
+        _require("accumulate", self.accumulate, at_least=1)
         _require("seed", self.seed, at_least=0)
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -178,7 +185,13 @@ def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
     ]
 
 
-_NO_MATTER = {"training.steps", "pictures.workers", "pictures.strict", "preset"}
+_NO_MATTER = {
+    "training.steps",
+    "training.activation_checkpointing",
+    "pictures.workers",
+    "pictures.strict",
+    "preset",
+}
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

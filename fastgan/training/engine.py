@@ -3,6 +3,10 @@
 The trainer knows an engine by `step`, `ledger`, `learning_rates`, `optimizers`, `scaler` and
 `average`; how a step is executed is the engine's own affair.
 
+A step is done in pieces, between which processes exchange what they found. Alone, there is one
+piece. Of the micro-batches of accumulation each takes its own way forward and back; gradients add
+up until the optimizer's step, which comes once.
+
 Whatever differs between steps reaches the device in tensors that are filled before the step begins
 (learning rates, the decay of the average, the number of the step, the batch); after that nothing
 depends on the host, and a captured step (`fastgan.training.engines`) does the same as this one.
@@ -11,7 +15,7 @@ depends on the host, and a captured step (`fastgan.training.engines`) does the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +23,8 @@ from torch import Tensor, nn
 
 from fastgan.device import Precision
 from fastgan.recipes import Batch, Recipe
-from fastgan.training.guards import LossLedger
+from fastgan.training.distributed import Exchange, World
+from fastgan.training.guards import LossLedger, stack_losses
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FP16_PATIENCE = 10  # steps; GradScaler skips a forward that overflows, and the next may not
@@ -67,14 +72,29 @@ class WeightAverage:
 
 
 class EagerEngine:
-    """Runs a recipe's step operation by operation. The recipe is on its device already."""
+    """Runs a recipe's step operation by operation. The recipe is on its device already.
+
+    Args:
+        world: the processes that share the training; each has an engine.
+        accumulate: micro-batches per step. With more than one, every tensor of a batch has them as
+            its first dimension.
+    """
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, precision: Precision, ema_decay: float
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        precision: Precision,
+        ema_decay: float,
+        *,
+        world: World | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.recipe = recipe
+        self.world = world or World()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.ledger = LossLedger(device, _FP16_PATIENCE if self.scaler.is_enabled() else 0)
+        patience = _FP16_PATIENCE if self.scaler.is_enabled() else 0
+        self.ledger = LossLedger(device, patience, self.world.average)
         self.parameters = {phase: phase_parameters(recipe, phase) for phase in recipe.phases}
         self.average = WeightAverage(self.parameters["generator"], ema_decay)
         self.optimizers = {phase: self._adam(phase) for phase in recipe.phases}
@@ -82,6 +102,8 @@ class EagerEngine:
         """Those of the last step, by phase."""
         self._device = device
         self._precision = precision
+        self._accumulate = accumulate
+        self._exchanges: dict[str, Exchange] = {}
         self._begin_step: Callable[[Batch], Any] = recipe.begin_step
         self._losses: Callable[[str, Batch, Any], dict[str, Tensor]] = recipe.losses
 
@@ -98,22 +120,69 @@ class EagerEngine:
 
     def _execute(self, batch: Batch) -> None:
         """The part of a step that is the device's alone."""
-        with self.autocast():
-            scratch = self._begin_step(batch)
+        for shared in self._pieces(batch):
+            self.world.average(shared)
+
+    def _pieces(self, batch: Batch) -> Iterator[Tensor]:
+        """Does a step; between two pieces of it gives what the processes are to average."""
+        batches = self._micro_batches(batch)
+        scratches: list[Any] = [None] * len(batches)
         for phase in self.recipe.phases:
-            self._update(phase, batch, scratch)
+            names, own = self._backward(phase, batches, scratches)
+            losses = own
+            if self.world.size > 1:
+                exchange = self._exchange(phase, own)
+                yield exchange.pack(own)
+                losses = exchange.unpack()
+            self.ledger.record_losses(phase, names, losses, own)
+            self.scaler.step(self.optimizers[phase])
+            self.optimizers[phase].zero_grad(set_to_none=True)
         self.scaler.update()
         self.average.update()
-        self.ledger.record_metrics(self.recipe.metrics(batch, scratch))
+        for micro_batch, scratch in zip(batches, scratches, strict=True):
+            metrics = self.recipe.metrics(micro_batch, scratch)
+            self.ledger.record_metrics(metrics, 1 / len(batches))
 
-    def _update(self, phase: str, batch: Batch, scratch: Any) -> None:
-        optimizer = self.optimizers[phase]
-        with self._others_frozen(phase):
-            with self.autocast():
-                terms = self._losses(phase, batch, scratch)
-            self.scaler.scale(self.ledger.record_losses(phase, terms)).backward()
-        self.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        if self._accumulate == 1:
+            return [batch]
+        return [{name: value[i] for name, value in batch.items()} for i in range(self._accumulate)]
+
+    def _backward(
+        self, phase: str, batches: Sequence[Batch], scratches: list[Any]
+    ) -> tuple[list[str], Tensor]:
+        """Gradients of `phase`; its losses and their names.
+
+        `scratches` are those of the first phase, kept for later phases and for metrics. One batch
+        has one graph, which all phases share. Of several only the one at work has a graph: what
+        the generator's phase differentiates is computed in it, for the others without a graph.
+        """
+        names: list[str] = []
+        losses: list[Tensor] = []
+        alone = len(batches) == 1
+        for i, batch in enumerate(batches):
+            scratch = scratches[i]
+            if scratch is None or (phase == "generator" and not alone):
+                with torch.set_grad_enabled(alone or phase == "generator"), self.autocast():
+                    scratch = self._begin_step(batch)
+                if scratches[i] is None:
+                    scratches[i] = scratch
+            with self._others_frozen(phase):
+                with self.autocast():
+                    terms = self._losses(phase, batch, scratch)
+                stacked = stack_losses(phase, terms)
+                if not alone:
+                    stacked = stacked / len(batches)
+                self.scaler.scale(stacked.sum()).backward()
+            names, losses = list(terms), [*losses, stacked.detach()]
+        return names, losses[0] if alone else torch.stack(losses).sum(0)
+
+    def _exchange(self, phase: str, losses: Tensor) -> Exchange:
+        """For the parameters that got a gradient: the same at every step and in every process."""
+        if phase not in self._exchanges:
+            parameters = [p for p in self.parameters[phase].values() if p.grad is not None]
+            self._exchanges[phase] = Exchange(parameters, losses)
+        return self._exchanges[phase]
 
     def autocast(self) -> torch.autocast:
         """The region that networks and losses run in.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastgan.device import Precision
 from fastgan.recipes import Batch, Recipe
+from fastgan.training.distributed import World
 from fastgan.training.engine import EagerEngine
 from fastgan.training.guards import TrainingError
 
@@ -24,16 +27,44 @@ _REHEARSALS = 3  # steps before the capture: libraries set themselves up, optimi
 
 
 def make_engine(
-    name: EngineName, recipe: Recipe, device: torch.device, precision: Precision, ema_decay: float
+    name: EngineName,
+    recipe: Recipe,
+    device: torch.device,
+    precision: Precision,
+    ema_decay: float,
+    *,
+    world: World | None = None,
+    accumulate: int = 1,
+    activation_checkpointing: bool = False,
 ) -> EagerEngine:
-    """The engine of that name, or the eager one, with a warning that says why, on other devices."""
+    """The engine of that name, or the eager one, with a warning that says why.
+
+    Only a CUDA device has graphs, and none of them restores the states of random number generators
+    that activation checkpointing notes. Everything else goes together with everything.
+    """
+    if activation_checkpointing:
+        checkpoint_activations(recipe)
+    options: dict[str, Any] = {"world": world, "accumulate": accumulate}
     if name == "compile":
-        return CompileEngine(recipe, device, precision, ema_decay)
-    if name == "graph" and device.type == "cuda":
-        return GraphEngine(recipe, device, precision, ema_decay, CudaGraph(device))
-    if name == "graph":
+        return CompileEngine(recipe, device, precision, ema_decay, **options)
+    if name == "graph" and device.type != "cuda":
         log.warning("engine graph needs a CUDA device and this is %s: using eager", device.type)
-    return EagerEngine(recipe, device, precision, ema_decay)
+    elif name == "graph" and activation_checkpointing:
+        log.warning("engine graph cannot capture activation checkpointing: using eager")
+    elif name == "graph":
+        return GraphEngine(recipe, device, precision, ema_decay, CudaGraph(device), **options)
+    return EagerEngine(recipe, device, precision, ema_decay, **options)
+
+
+def checkpoint_activations(recipe: Recipe) -> None:
+    """Lets each network of the generator keep nothing of its activations but its input.
+
+    The backward computes them again, one call of one network at a time, which costs another forward
+    of the generator. Random numbers inside a network are drawn again as they were.
+    """
+    for network in recipe.networks("generator"):
+        for part in network.children():
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
 
 
 class CompileEngine(EagerEngine):
@@ -71,21 +102,24 @@ def _compiled(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
 
 
 class Graph(Protocol):
-    """Records the work of one step and does it again; a recorded step depends on its tensors'
-    storages and what they hold, on nothing else."""
+    """Records the work of one step, piece after piece, and does it again; a recorded step depends
+    on its tensors' storages and what they hold, on nothing else."""
 
     def rehearse(self, work: Callable[[], None]) -> str | None:
         """Do `work` as it will be recorded; the reason why it cannot be, None if it can."""
 
-    def capture(self, work: Callable[[], None]) -> None:
-        """Record `work`. No tensor that exists is changed."""
+    def capture(self, work: Callable[[], ResultT]) -> ResultT:
+        """Record `work`, the next piece; its result. No tensor that exists is changed."""
 
-    def replay(self) -> None:
-        """Do what was recorded."""
+    def replay(self, piece: int = 0) -> None:
+        """Do what was recorded as number `piece`; pieces come in their order."""
 
 
 class GraphEngine(EagerEngine):
     """The whole step captured once and replayed, which spares the host every single launch.
+
+    Of several processes each captures its pieces of the step; what they exchange between two pieces
+    is no part of a graph.
 
     The first steps are rehearsals, steps like any other; the one after them is a replay already.
     A step that waits for the device cannot be captured: a warning says so, and where, and the
@@ -99,10 +133,12 @@ class GraphEngine(EagerEngine):
         precision: Precision,
         ema_decay: float,
         graph: Graph,
+        **options: Any,
     ) -> None:
-        super().__init__(recipe, device, precision, ema_decay)
+        super().__init__(recipe, device, precision, ema_decay, **options)
         self._graph: Graph | None = graph
         self._rehearsals = 0
+        self._shared: list[Tensor] = []
         self._inputs: dict[str, Tensor] = {}
 
     def _execute(self, batch: Batch) -> None:
@@ -111,20 +147,28 @@ class GraphEngine(EagerEngine):
             return
         self._copy_in(batch)
         if self._rehearsals == _REHEARSALS:
-            self._graph.replay()
+            self._replay(self._graph)
             return
         self._rehearsals += 1
-        reason = self._graph.rehearse(self._work)
+        reason = self._graph.rehearse(lambda: super(GraphEngine, self)._execute(self._inputs))
         if self._rehearsals < _REHEARSALS:
             return
         if reason is None:
-            self._graph.capture(self._work)
+            self._capture(self._graph)
         else:
             log.warning("engine graph: the step cannot be captured (%s): using eager", reason)
             self._graph, self._inputs = None, {}
 
-    def _work(self) -> None:
-        super()._execute(self._inputs)
+    def _capture(self, graph: Graph) -> None:
+        pieces = self._pieces(self._inputs)
+        while (shared := graph.capture(lambda: next(pieces, None))) is not None:
+            self._shared.append(shared)
+
+    def _replay(self, graph: Graph) -> None:
+        graph.replay()
+        for piece, shared in enumerate(self._shared, 1):
+            self.world.average(shared)
+            graph.replay(piece)
 
     def _copy_in(self, batch: Batch) -> None:
         if not self._inputs:
@@ -142,12 +186,15 @@ class GraphEngine(EagerEngine):
 class CudaGraph:
     """A `Graph` of CUDA kernels, captured on a stream of its own and replayed on the caller's.
 
+    Each piece is a CUDA graph; they share their memory.
+
     Random numbers of the device's default generator are drawn anew at each replay, the same ones
     as without a graph.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+        self._pieces: list[torch.cuda.CUDAGraph] = []
+        self._memory = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
     def rehearse(self, work: Callable[[], None]) -> str | None:
@@ -172,19 +219,20 @@ class CudaGraph:
                 )
         return reason
 
-    def capture(self, work: Callable[[], None]) -> None:
+    def capture(self, work: Callable[[], ResultT]) -> ResultT:
         """As in `Graph`.
 
         Raises:
             TrainingError: something else than a wait cannot be captured; PyTorch does not recover
                 from that, so neither does the training.
         """
+        piece = torch.cuda.CUDAGraph()
         try:
             # Other threads, such as the one that pins the next batch, may go on meanwhile.
             with torch.cuda.graph(
-                self._graph, stream=self._stream, capture_error_mode="thread_local"
+                piece, self._memory, self._stream, capture_error_mode="thread_local"
             ):
-                work()
+                result = work()
         except RuntimeError as error:
             cause = error.__context__ or error  # what ended the capture; its end then fails as well
             if isinstance(cause, torch.OutOfMemoryError):
@@ -193,6 +241,8 @@ class CudaGraph:
             raise TrainingError(
                 f"the step cannot be captured in a CUDA graph ({reason}); --engine eager trains it"
             ) from error
+        self._pieces.append(piece)
+        return result
 
-    def replay(self) -> None:
-        self._graph.replay()
+    def replay(self, piece: int = 0) -> None:
+        self._pieces[piece].replay()

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 import torch
@@ -27,20 +27,42 @@ class TrainingInterrupted(TrainingError):
         self.signum = signum
 
 
+def stack_losses(phase: str, terms: Mapping[str, Tensor]) -> Tensor:
+    """The values of `terms` [N], whose sum `phase` minimises."""
+    for name, term in terms.items():
+        if term.ndim != 0:
+            raise ValueError(
+                f"losses: the term {name!r} of phase {phase!r} must be a scalar, "
+                f"got shape {list(term.shape)}"
+            )
+    return torch.stack(list(terms.values()))
+
+
+def _alone(values: Tensor) -> None:
+    """Leaves the values of one process as they are."""
+
+
 class LossLedger:
     """Losses summed and watched on the device; the host waits for it only when it asks.
 
     Once a loss of a phase has not been finite for more than `patience` steps in a row, `tripped` is
     1 (a float, as optimizers want their `found_inf`), and an optimizer that heeds it no longer
     changes the weights. Some patience is due under a GradScaler, which skips such steps.
+
+    Of several processes each has a ledger, and they agree, for all note the same losses: means over
+    the processes, not finite where those of one process are not.
     """
 
-    def __init__(self, device: torch.device, patience: int = 0) -> None:
+    def __init__(
+        self, device: torch.device, patience: int = 0, average: Callable[[Tensor], None] = _alone
+    ) -> None:
+        """`average` replaces metrics by their means over the processes when they are read."""
         self.tripped = torch.zeros((), device=device)
         self._patience = patience
         self._step = torch.zeros((), dtype=torch.int64, device=device)  # stands still once tripped
         self._losses: dict[str, _Watched] = {}
         self._metrics: dict[tuple[str, ...], Tensor] = {}
+        self._average = average
         self._count = 0
 
     def begin_step(self, step: int) -> None:
@@ -48,35 +70,35 @@ class LossLedger:
         self._step.copy_(torch.where(self.tripped > 0, self._step, step))
         self._count += 1
 
-    def record_losses(self, phase: str, terms: Mapping[str, Tensor]) -> Tensor:
-        """Sum of `terms` with its graph, which `phase` minimises; notes each of them."""
-        for name, term in terms.items():
-            if term.ndim != 0:
-                raise ValueError(
-                    f"losses: the term {name!r} of phase {phase!r} must be a scalar, "
-                    f"got shape {list(term.shape)}"
-                )
-        stacked = torch.stack(list(terms.values()))
-        total = stacked.sum()
-        values = stacked.detach()
+    def record_losses(
+        self, phase: str, names: Sequence[str], losses: Tensor, own: Tensor | None = None
+    ) -> None:
+        """Notes the `losses` [N] of `phase`, and this process's `own` where they are a mean."""
         if phase not in self._losses:
-            self._losses[phase] = _Watched(tuple(terms), values)
+            self._losses[phase] = _Watched(tuple(names), losses)
         watched = self._losses[phase]
-        watched.sums += values
-        watched.last.copy_(torch.where(self.tripped > 0, watched.last, values))
-        finite = total.detach() * 0 == 0
+        watched.sums += losses
+        watched.last.copy_(torch.where(self.tripped > 0, watched.last, losses))
+        own = losses if own is None else own
+        watched.own.copy_(torch.where(self.tripped > 0, watched.own, own))
+        finite = losses.sum() * 0 == 0
         watched.streak.add_(1).masked_fill_(finite, 0)
         self.tripped.copy_(torch.maximum(self.tripped, watched.streak > self._patience))
-        return total
 
-    def record_metrics(self, metrics: Mapping[str, Tensor]) -> None:
-        """Notes values that nothing minimises."""
+    def record_metrics(self, metrics: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Notes `share` of values that nothing minimises."""
         if metrics:
             values = torch.stack(list(metrics.values())).detach()
-            self._metrics.setdefault(tuple(metrics), torch.zeros_like(values)).add_(values)
+            noted = self._metrics.setdefault(tuple(metrics), torch.zeros_like(values))
+            noted.add_(values, alpha=share)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses and metrics, means per step since the last reading. Waits for the device."""
+        """Losses and metrics, means per step since the last reading. Waits for the device.
+
+        Of several processes all have to read at the same step.
+        """
+        for sums in self._metrics.values():
+            self._average(sums)
         losses = {
             f"{phase}/{name}": mean
             for phase, watched in self._losses.items()
@@ -107,6 +129,12 @@ class LossLedger:
         ]
         return int(self._step), names or ["sum"]  # finite terms can have an infinite sum
 
+    def is_culprit(self) -> bool:
+        """Whether it was a loss of this process that tripped. Waits for the device."""
+        return any(
+            not math.isfinite(sum(watched.own.tolist())) for watched in self._losses.values()
+        )
+
 
 class _Watched:
     """The losses of one phase."""
@@ -115,6 +143,7 @@ class _Watched:
         self.names = names
         self.sums = torch.zeros_like(values)
         self.last = torch.zeros_like(values)  # of the step that tripped, once one did
+        self.own = torch.zeros_like(values)  # of it, and of this process alone
         self.streak = torch.zeros_like(values[0], dtype=torch.int64)  # steps not finite, in a row
 
 

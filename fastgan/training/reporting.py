@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -96,6 +97,21 @@ class Reporter:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+class Silence:
+    """In place of a `Reporter` in all processes but the first."""
+
+    def step(self) -> None: ...
+
+    def log(self, *values: object) -> None: ...
+
+    def samples(self, *values: object) -> None: ...
+
+    def pause(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None: ...
 
 
 class Clock:

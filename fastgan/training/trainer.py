@@ -17,13 +17,14 @@ from torch import Tensor
 
 import fastgan
 from fastgan import checkpoint
-from fastgan.device import choose_device, choose_precision, use_deterministic_algorithms
+from fastgan.device import choose_precision, use_deterministic_algorithms
 from fastgan.images import to_float
 from fastgan.recipes import Batch, Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.run_folder import RunFolder
 from fastgan.training.config import TrainConfig, changed_fields, config_from_json
 from fastgan.training.data import PictureStream
+from fastgan.training.distributed import join_world, own_device
 from fastgan.training.engines import make_engine
 from fastgan.training.guards import (
     StopSignals,
@@ -31,7 +32,7 @@ from fastgan.training.guards import (
     TrainingInterrupted,
     memory_errors,
 )
-from fastgan.training.reporting import Reporter
+from fastgan.training.reporting import Reporter, Silence
 from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class Trainer:
     The constructor refuses what can be refused and makes the folder, no more; `train` does the
     work. Both set the global random number generators, and for ``training.deterministic`` the
     constructor sets PyTorch's switches, for the rest of the process.
+
+    Where torchrun has started several processes, each makes a trainer of its own with the same
+    config, and they train together: each on its part of every batch, with a GPU, random numbers and
+    an image pool of its own. The first of them writes the files. All must see the same folders.
 
     Args:
         progress: show a progress bar on standard error.
@@ -65,16 +70,19 @@ class Trainer:
         self.step = 0
         """Updates done."""
         self._progress = progress
+        self._device = own_device(training.device)
+        self._world = join_world(self._device)
         self._checkpoint = self._checkpoint_to_resume()
-        self._device = choose_device(training.device)
         self._precision = choose_precision(training.precision, self._device)
         self._stream = PictureStream(
             config.pictures.folders,
             config.augmentation,
-            batch_size=training.batch_size,
+            batch_size=training.batch_size * training.accumulate,
             seed=training.seed,
             workers=config.pictures.workers,
             strict=config.pictures.strict,
+            rank=self._world.rank,
+            world_size=self._world.size,
             pin_memory=self._device.type == "cuda",
         )
         if training.deterministic:
@@ -84,18 +92,31 @@ class Trainer:
         self._keys = tuple(self.recipe.state_dict())
         self.recipe.begin_training(config.augmentation.size)
         with memory_errors(self._memory_hint()):
-            self.recipe.to(self._device).to(memory_format=torch.channels_last)
+            self.recipe.to(self._device)
+            self._world.copy_from_first((*self.recipe.parameters(), *self.recipe.buffers()))
+            self.recipe.to(memory_format=torch.channels_last)
             self._engine = make_engine(
-                training.engine, self.recipe, self._device, self._precision, training.ema_decay
+                training.engine,
+                self.recipe,
+                self._device,
+                self._precision,
+                training.ema_decay,
+                world=self._world,
+                accumulate=training.accumulate,
+                activation_checkpointing=training.activation_checkpointing,
             )
         self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
         """Updates in all."""
         self._warn_of_idle_steps()
+        if self._world.rank > 0:  # the same weights as the first process, other random numbers
+            _seed(_derived_seed(training.seed, self._world.rank))
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
         self._rng = rng_state(self._device)
         self._unwatched: dict[int, list[Path]] = {}  # pictures of the steps since the last check
-        self.folder.make()
+        self._meet()
+        if self._first:
+            self.folder.make()
 
     def train(self) -> None:
         """Runs the steps that are left; returns after the last one is saved.
@@ -109,40 +130,47 @@ class Trainer:
         if self.step >= self.steps:
             log.info("%s has all of its %d steps", self.folder.path, self.steps)
             return
-        if self.config.output.overwrite:
-            self.folder.clear()
-            self.folder.make()
-        self._write_settings()
-        log.info("%s on %s in %s", self.recipe.name, self._device, self._precision)
+        log.info(
+            "%s on %s in %s%s", self.recipe.name, self._device, self._precision, self._shares()
+        )
         log.info("%s", self._stream.summary())
         restore_rng(self._rng, self._device)
-        reporter = Reporter(self.folder, start=self.step, steps=self.steps, progress=self._progress)
         with (
             StopSignals() as signals,
-            contextlib.closing(reporter),
+            self._world.together(self._last_good),
+            contextlib.closing(self._reporter()) as reporter,
             memory_errors(self._memory_hint()),
         ):
             self._loop(reporter, signals)
         if self._stream.unreadable:
             log.info("%s", self._stream.summary())
 
-    def _loop(self, reporter: Reporter, signals: StopSignals) -> None:
+    def _reporter(self) -> Reporter | Silence:
+        if not self._first:
+            return Silence()
+        if self.config.output.overwrite:
+            self.folder.clear()
+            self.folder.make()
+        self._write_settings()
+        return Reporter(self.folder, start=self.step, steps=self.steps, progress=self._progress)
+
+    def _loop(self, reporter: Reporter | Silence, signals: StopSignals) -> None:
         output = self.config.output
-        sample_batch = self._sample_batch()
+        sample_batch = self._sample_batch() if self._first else {}
         batches = self._stream.batches(self.step)
         while self.step < self.steps:
             self._one_step(*next(batches))
             reporter.step()
-            stopped_by = signals.received
+            stopped_by = self._world.highest(signals.received or 0)
             last = self.step == self.steps
             if last or self.step % output.log_every == 0:
                 self._log(reporter)
             with reporter.pause():
-                if last or self.step % output.sample_every == 0:
+                if self._first and (last or self.step % output.sample_every == 0):
                     self._samples(reporter, sample_batch)
-                if last or stopped_by is not None or self.step % output.checkpoint_every == 0:
+                if last or stopped_by or self.step % output.checkpoint_every == 0:
                     self.save()
-            if stopped_by is not None and not last:
+            if stopped_by and not last:
                 raise TrainingInterrupted(
                     stopped_by,
                     f"{signal.Signals(stopped_by).name} after step {self.step}: saved "
@@ -159,28 +187,42 @@ class Trainer:
         self._stop_if_tripped()
         self._stop_if_weights_not_finite()
         path = self.folder.checkpoint(self.step)
-        state = {
-            "fastgan": fastgan.__version__,
-            "recipe": self.recipe.name,
-            "config": to_json(self.config),
-            "step": self.step,
-            **engine_state(self._engine, self._keys),
-            "rng": rng_state(self._device),
-        }
-        checkpoint.save(path, state)
-        self.folder.saved(path, self.config.output.keep)
+        rng = rng_state(self._device)
+        others = self._world.gather(
+            checkpoint.dumps({"rng": rng, "training_state": dict(self.recipe.training_state())})
+        )[1:]
+        if self._first:
+            state = {
+                "fastgan": fastgan.__version__,
+                "recipe": self.recipe.name,
+                "config": to_json(self.config),
+                "step": self.step,
+                **engine_state(self._engine, self._keys),
+                "rng": rng,
+                "other_processes": [checkpoint.loads(content) for content in others],
+            }
+            checkpoint.save(path, state)
+            self.folder.saved(path, self.config.output.keep)
         self._checkpoint = path
+        self._meet()
         return path
 
     def _one_step(self, images: dict[str, Tensor], paths: list[Path]) -> None:
         training = self.config.training
-        seeds = np.random.SeedSequence([training.seed, self.step]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(seeds[0]))
-        drawn = self.recipe.draw(self.step, training.batch_size, generator)
-        batch = {
-            **self._upload(images),
-            **{name: value.to(self._device, non_blocking=True) for name, value in drawn.items()},
-        }
+        seed = _derived_seed(training.seed, self.step, self._world.rank)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [
+            self.recipe.draw(self.step, training.batch_size, generator)
+            for _ in range(training.accumulate)
+        ]
+        batch = self._upload(images)
+        if training.accumulate == 1:
+            small = drawn[0]
+        else:  # micro-batches are the first dimension of everything
+            micro = (training.accumulate, training.batch_size)
+            batch = {domain: pictures.unflatten(0, micro) for domain, pictures in batch.items()}
+            small = {name: torch.stack([each[name] for each in drawn]) for name in drawn[0]}
+        batch |= {name: value.to(self._device, non_blocking=True) for name, value in small.items()}
         self._unwatched[self.step] = paths
         self._engine.step(batch, self.step, self._stream.steps_per_epoch)
         self.step += 1
@@ -195,7 +237,7 @@ class Trainer:
             for domain, pictures in images.items()
         }
 
-    def _log(self, reporter: Reporter) -> None:
+    def _log(self, reporter: Reporter | Silence) -> None:
         self._stop_if_tripped()
         losses, others = self._engine.ledger.read()
         for phase, rate in self._engine.learning_rates.items():
@@ -207,9 +249,9 @@ class Trainer:
                     f"step {self.step}: the gradients are not finite at any loss scale; "
                     f"{self._last_good()}; try --precision fp32"
                 )
-        reporter.log(self.step, losses, others, self.config.training.batch_size)
+        reporter.log(self.step, losses, others, self._pictures_per_step())
 
-    def _samples(self, reporter: Reporter, batch: Batch) -> None:
+    def _samples(self, reporter: Reporter | Silence, batch: Batch) -> None:
         devices = [self._device] if self._device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices),
@@ -223,7 +265,8 @@ class Trainer:
 
     def _sample_batch(self) -> Batch:
         """The first pictures of the stream, the same at every call."""
-        count = math.ceil(_SAMPLE_ROWS / self.config.training.batch_size)
+        training = self.config.training
+        count = math.ceil(_SAMPLE_ROWS / (training.batch_size * training.accumulate))
         first = [self._stream.batch(number).images for number in range(count)]
         return self._upload(
             {
@@ -236,10 +279,14 @@ class Trainer:
         bad = self._engine.ledger.bad()
         if bad is not None:
             step, terms = bad
-            pictures = ", ".join(map(str, self._unwatched[step]))
+            own = self._unwatched[step] if self._engine.ledger.is_culprit() else []
+            gathered = self._world.gather("\n".join(map(str, own)).encode())
+            pictures = ", ".join(paths.decode().replace("\n", ", ") for paths in gathered if paths)
             raise TrainingError(
-                f"step {step + 1}: the loss {', '.join(terms)} is not finite; "
-                f"pictures: {pictures}; {self._last_good()}"
+                self._world.share(
+                    f"step {step + 1}: the loss {', '.join(terms)} is not finite; "
+                    f"pictures: {pictures}; {self._last_good()}"
+                )
             )
         self._unwatched.clear()
 
@@ -262,11 +309,38 @@ class Trainer:
 
     def _memory_hint(self) -> str:
         training = self.config.training
-        half = " and --precision bf16" if self._precision == "fp32" else ""
+        helps = ["a smaller --batch-size (--accumulate makes up for it) or --size"]
+        if not training.activation_checkpointing:
+            helps.append("--activation-checkpointing")
+        if self._precision == "fp32":
+            helps.append("--precision bf16")
         return (
             f"{training.batch_size} pictures of {self.config.augmentation.size} px of each kind in "
-            f"{self._precision} on {self._device}; a smaller --batch-size or --size{half} will help"
+            f"{self._precision} on {self._device}; these help: {', '.join(helps)}"
         )
+
+    @property
+    def _first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._world.rank == 0
+
+    def _pictures_per_step(self) -> int:
+        training = self.config.training
+        return training.batch_size * training.accumulate * self._world.size
+
+    def _shares(self) -> str:
+        if self._world.size == 1:
+            return ""
+        return f", {self._world.size} processes, {self._pictures_per_step()} pictures per update"
+
+    def _meet(self) -> None:
+        """Waits for the other processes, which must be at the same step."""
+        last, first = self._world.highest(self.step), -self._world.highest(-self.step)
+        if first != last:
+            raise ValueError(
+                f"out: the processes found checkpoints of steps {first} to {last} in "
+                f"{self.folder.path}; they must all see the same folder"
+            )
 
     def _warn_of_idle_steps(self) -> None:
         """A schedule in epochs may end long before the steps do, where a folder is small."""
@@ -306,6 +380,14 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         state = checkpoint.load(path)
         before = training_config(state, type(self.recipe), path)
+        others = state["other_processes"]
+        if len(others) + 1 != self._world.size:
+            raise ValueError(
+                f"resume: {path} was trained by {_processes(len(others) + 1)} and cannot be "
+                f"resumed by {self._world.size}: each has random numbers and a pool of its own"
+            )
+        if self._world.rank > 0:
+            state |= others[self._world.rank - 1]
         changed = changed_fields(before, self.config)
         if changed:
             log.warning("resumed with other settings than before: %s", "; ".join(changed))
@@ -332,6 +414,14 @@ def training_config(state: Any, recipe: type[Recipe], path: Path) -> TrainConfig
     except ValueError as error:
         written_by = state.get("fastgan", "unknown")
         raise ValueError(f"{path} (fastgan {written_by}): {error}") from None
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _derived_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _seed(seed: int) -> None:

@@ -1,0 +1,238 @@
+"""Several processes, and several passes per update, are one process with a larger batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_worker import CONFIGS, STEPS, STOP, train
+from dummy_recipe import Dummy
+from fastgan import checkpoint
+from fastgan.run_folder import RunFolder
+from fastgan.training.data import Augmentation, PictureStream
+from pictures import write_folders
+from test_resume import assert_same_training
+
+pytestmark = pytest.mark.slow
+
+every_recipe = pytest.mark.parametrize("recipe", CONFIGS)
+
+RTOL = 1e-9
+
+
+def torchrun(
+    script: str, *arguments: object, processes: int = 2, **environment: object
+) -> subprocess.CompletedProcess[str]:
+    """The script of this folder in `processes` processes on the CPU."""
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={processes}", str(tests / script), *map(str, arguments)),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+            **{name: str(value) for name, value in environment.items()},
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def said(process: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines that fastgan wrote, but for the progress bar."""
+    lines = process.stderr.replace("\r", "\n").splitlines()
+    return [line for line in lines if line.startswith("fastgan: ")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_folders(root, ("trainA", "trainB", "content", "style"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left: whole, in parts, and in graphs."""
+    out = tmp_path_factory.mktemp("two")
+    ended = torchrun("distributed_worker.py", data, out, one, FAULT_RANK=1)
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process left, with twice the batch."""
+    out = tmp_path_factory.mktemp("one")
+    for name in CONFIGS:
+        train(name, data, out, batch_size=2)
+    return out
+
+
+def losses_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "losses.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_equal_training(ours: Path, theirs: Path) -> None:
+    """Every loss and metric of every step and, after the last, weights and averages."""
+    losses, expected = losses_of(ours), losses_of(theirs)
+    assert len(losses) == len(expected) == STEPS
+    for line, other in zip(losses, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in other.items():
+            statistic = name.endswith(("_mean", "_accuracy"))  # fp32
+            rtol, atol = (1e-6, 1e-7) if statistic else (RTOL, 1e-12)
+            assert line[name] == pytest.approx(value, rel=rtol, abs=atol), name
+    state, other = (checkpoint.load(run / "latest.safetensors") for run in (ours, theirs))
+    for section in ("networks", "average"):
+        assert state[section].keys() == other[section].keys()
+        for name, value in other[section].items():
+            assert value.dtype == torch.float64
+            scale = value.abs().max().item()
+            torch.testing.assert_close(
+                state[section][name], value, rtol=RTOL, atol=RTOL * scale, msg=name
+            )
+
+
+@every_recipe
+def test_two_processes_equal_one_with_twice_the_batch(recipe: str, two: Path, one: Path) -> None:
+    assert_equal_training(two / "whole" / recipe, one / recipe)
+
+
+@every_recipe
+def test_two_passes_equal_one_with_twice_the_batch(
+    recipe: str, data: Path, one: Path, tmp_path: Path
+) -> None:
+    train(recipe, data, tmp_path, accumulate=2)
+    assert_equal_training(tmp_path / recipe, one / recipe)
+
+
+@every_recipe
+def test_two_processes_resume_to_the_bit(recipe: str, two: Path) -> None:
+    assert [path.stem[-1] for path in RunFolder(two / "parts" / recipe).checkpoints()] == [
+        str(STOP),
+        str(STEPS),
+    ]
+    assert_same_training(two / "parts" / recipe, two / "whole" / recipe)
+
+
+@every_recipe
+def test_pieces_of_a_step_in_graphs(recipe: str, two: Path) -> None:
+    assert_same_training(two / "graph" / recipe, two / "whole" / recipe)
+
+
+def test_the_first_process_alone_writes(two: Path) -> None:
+    assert (two / "whole").exists()
+    assert not (two / "of-another").exists()
+
+
+def test_each_process_has_random_numbers_and_a_pool_of_its_own(two: Path) -> None:
+    state = checkpoint.load(two / "whole" / "cyclegan" / "latest.safetensors")
+    (other,) = state["other_processes"]
+    assert not torch.equal(other["rng"]["torch"], state["rng"]["torch"])
+    pool, others_pool = (part["training_state"]["pools.A.images"] for part in (state, other))
+    assert not torch.equal(others_pool, pool)
+    assert pool[:STEPS].flatten(1).any(1).all()
+    assert others_pool[:STEPS].flatten(1).any(1).all()
+
+
+def test_another_number_of_processes_is_refused(data: Path, two: Path, one: Path) -> None:
+    with pytest.raises(ValueError, match=r"was trained by 2 processes and cannot be resumed by 1:"):
+        train("unit", data, two / "whole", resume=True, steps=STEPS + 1)
+    for rank in range(2):
+        reason = (two / f"refused-{rank}.txt").read_text()
+        assert "was trained by 1 process and cannot be resumed by 2: " in reason
+
+
+def test_a_loss_not_finite_in_one_process_stops_all(data: Path, two: Path) -> None:
+    stream = PictureStream(
+        {domain: data / domain for domain in Dummy.domains},
+        Augmentation(size=32, resize=40),
+        batch_size=2,
+        rank=1,
+        world_size=2,
+    )
+    pictures = ", ".join(map(str, stream.batch(5).paths))
+    for rank in range(2):
+        assert (two / f"fault-{rank}.txt").read_text() == (
+            f"step 6: the loss generator/content is not finite; pictures: {pictures}; "
+            "last good checkpoint: none"
+        )
+
+
+# --- What ends one process ends all -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dummy_flags(data: Path) -> list[object]:
+    own = ["--content", data / "content", "--style", data / "style", "--device", "cpu"]
+    return ["dummy", *own, "--steps", 12, "--checkpoint-every", 3, "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def whole(dummy_flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", out)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("12 steps: ") == 1
+    return out
+
+
+def test_a_killed_process_ends_the_others(
+    dummy_flags: list[object], whole: Path, tmp_path: Path
+) -> None:
+    """Those say so themselves, which they could not if they had waited for torchrun's SIGKILL."""
+    flags = ["train", *dummy_flags, "--out", tmp_path]
+    killed = {"SIGNAL_STEP": 7, "SIGNAL": int(signal.SIGKILL), "SIGNAL_RANK": 0}
+    ended = torchrun("dummy_recipe.py", *flags, **killed)
+    assert ended.returncode == 1  # torchrun's own, whatever the processes' are
+    saved = RunFolder(tmp_path).newest()
+    assert saved is not None
+    assert saved.stem == "step_00000006"
+    assert said(ended)[-1] == (
+        "fastgan: rank 0 of 2 processes ended without a word, as when killed; last good "
+        f"checkpoint: {saved}, --resume goes on from there"
+    )
+    ended = torchrun("dummy_recipe.py", *flags, "--resume")
+    assert ended.returncode == 0, ended.stderr
+    assert_same_training(tmp_path, whole)
+
+
+def test_a_signal_to_one_process_stops_all_after_one_step(
+    dummy_flags: list[object], tmp_path: Path
+) -> None:
+    sent = {"SIGNAL_STEP": 7, "SIGNAL": int(signal.SIGTERM), "SIGNAL_RANK": 1}
+    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", tmp_path, **sent)
+    saved = RunFolder(tmp_path).newest()
+    message = f"fastgan: SIGTERM after step 8: saved {saved}, --resume goes on from there"
+    assert said(ended).count(message) == 1
+    assert "exitcode  : 143" in ended.stderr
+    assert checkpoint.load(tmp_path / "latest.safetensors")["step"] == 8
+
+
+def test_memory_exhausted_in_one_process_ends_all(
+    dummy_flags: list[object], tmp_path: Path
+) -> None:
+    flags = [*dummy_flags, "--out", tmp_path, "--fault", "memory"]
+    ended = torchrun("dummy_recipe.py", "train", *flags, FAULT_RANK=1)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == 1  # torchrun's
+    (line,) = (line for line in said(ended) if "out of memory" in line)
+    assert "--accumulate" in line
+    assert "--activation-checkpointing" in line
+    assert said(ended)[-1] == line
+    assert RunFolder(tmp_path).checkpoints()[-1].stem == "step_00000003"
