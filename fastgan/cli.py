@@ -1,4 +1,4 @@
-"""The command line: ``fastgan train | stylize | demo | env``."""
+"""The command line: ``fastgan train | stylize | export | demo | env``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ usage: fastgan COMMAND ...
 
   train RECIPE   train on two folders of pictures
   stylize        render pictures with a trained model
+  export         a trained model as one file for other programs, ONNX or torch.export
   demo           train a small model on bundled photographs and show what it does
   env            versions, devices, live implementations: the text for a bug report
 
@@ -30,6 +31,7 @@ fastgan COMMAND --help shows the flags of a command; fastgan --version the versi
 
 _OF_EXTRA = {
     **dict.fromkeys(("PIL", "safetensors", "tensorboard", "torchvision", "tqdm", "tyro"), "train"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     **dict.fromkeys(("matplotlib", "pooch", "skimage"), "demo"),
 }
 
@@ -239,6 +241,43 @@ def _stylize(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _ExportFlags:
+    """Write a trained generator to one file that runs without fastgan.
+
+    Pictures are fp32 RGB in [-1, 1], of any batch, height and width.
+    """
+
+    out: Path
+    """The file: .onnx, or .pt2 for torch.export.load."""
+    checkpoint: Path | None = None
+    """As for stylize; None: the pretrained one."""
+    format: Literal["onnx", "torch-export"] | None = None
+    """None: what the name of the file ends in."""
+    direction: Literal["AtoB", "BtoA"] | None = None
+    """From which domain to which; for checkpoints of recipes that translate between two."""
+
+
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    from fastgan.export import export
+
+    flags = tyro.cli(
+        _ExportFlags, prog="fastgan export", args=arguments, config=(tyro.conf.DisallowNone,)
+    )
+    _log_to_stderr()
+    with _argument_errors():
+        written = export(
+            flags.out,
+            checkpoint=flags.checkpoint,
+            format=flags.format,
+            direction=flags.direction,
+        )
+    print(f"wrote {written}, {written.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class _DemoFlags:
     """Train a small model on pictures that come along and show what it does."""
 
@@ -289,6 +328,7 @@ def _env(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "stylize": _stylize,
+    "export": _export,
     "demo": _demo,
     "env": _env,
 }

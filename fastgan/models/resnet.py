@@ -40,8 +40,9 @@ class ResidualBlocks(nn.ModuleList):
         super().__init__(ResidualBlock(channels) for _ in range(blocks))
 
     def forward(self, padded: Tensor) -> Tensor:
-        for block in self:
-            padded = block(padded, 0 if block is self[-1] else 1)
+        last = len(self) - 1
+        for index, block in enumerate(self):
+            padded = block(padded, 0 if index == last else 1)
         return padded
 
 

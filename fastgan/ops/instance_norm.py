@@ -354,7 +354,7 @@ def _check_affine(op: str, name: str, value: Tensor | None, x: Tensor) -> None:
     _checks.floating(op, name, value)
     _checks.same_device(op, name, value, "x", x)
     batch, channels = x.shape[:2]
-    if value.shape not in ((channels,), (batch, channels)):
+    if value.shape != ((channels,) if value.ndim == 1 else (batch, channels)):
         raise ValueError(
             f"{op}: {name} must be [{channels}] or [{batch}, {channels}] to match x, "
             f"got {_checks.shape(value)}"

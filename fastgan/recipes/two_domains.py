@@ -56,21 +56,30 @@ class TwoDomainRecipe(Recipe):
         alpha: float = 1.0,
         direction: str | None = None,
     ) -> Tensor:
-        if direction not in self.directions:
-            known = " or ".join(self.directions)
-            raise ValueError(f"direction: {self.name} needs {known}, got {direction!r}")
+        direction = self.checked(direction)
         if style is not None:
             raise ValueError(f"style: {self.name} takes none, its direction decides")
         if alpha != 1.0:
             raise ValueError(f"alpha: {self.name} has no strength to set, got {alpha}")
         height, width = content.shape[2:]
-        to_bottom, to_right = (self._missing(side) for side in (height, width))
-        padded = F.pad(content, (0, to_right, 0, to_bottom), mode="replicate")
-        return self.translate(padded, direction)[:, :, :height, :width]
+        return self.translate(self.extended(content), direction)[:, :, :height, :width]
+
+    def checked(self, direction: str | None) -> str:
+        """`direction` if it is one; else raises ValueError."""
+        if direction not in self.directions:
+            known = " or ".join(self.directions)
+            raise ValueError(f"direction: {self.name} needs {known}, got {direction!r}")
+        return direction
+
+    def extended(self, pictures: Tensor) -> Tensor:
+        """Pictures of any size, extended to one that `translate` takes by repeating the border."""
+        to_bottom, to_right = (self._missing(side) for side in pictures.shape[2:])
+        return F.pad(pictures, (0, to_right, 0, to_bottom), mode="replicate")
 
     def _missing(self, side: int) -> int:
         """Pixels from `side` to the next size that `translate` takes."""
-        return max(-side % self.size_multiple, 2 * self.size_multiple - side)
+        smallest = 2 * self.size_multiple
+        return -side % self.size_multiple if side >= smallest else smallest - side
 
 
 def judge(
