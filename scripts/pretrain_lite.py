@@ -24,10 +24,9 @@ from PIL import Image
 from fastgan import checkpoint, drawing
 from fastgan.recipes.style_transfer import StyleTransfer, StyleTransferRecipeConfig
 from fastgan.training import Trainer
-from fastgan.training.config import Output, Pictures, preset_config
+from fastgan.training.config import Output, Pictures, TrainConfig, preset_config
 
 SEED = 0
-STEPS = 4000
 DRAWN_PER_KIND = 22
 SHIPPED = Path(__file__).parents[1] / "fastgan" / "pretrained" / "lite.safetensors"
 
@@ -38,43 +37,69 @@ HELD_OUT_STYLES = ("immunohistochemistry",)
 HELD_OUT_KIND = "marble"
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the training; the next goes on from its last step."""
+
+    until: int
+    """Its last step."""
+    size: int
+    batch_size: int
+    weight_adversarial: float
+
+
+STAGES = (
+    # Many styles per step and small crops: the palettes, which need steps more than pixels. An
+    # adversary that does not know which style is wanted would only pull towards a common tint.
+    Stage(until=2500, size=64, batch_size=8, weight_adversarial=0.0),
+    # Larger crops: the texture.
+    Stage(until=4000, size=128, batch_size=4, weight_adversarial=0.25),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="the file to write")
     flags = parser.parse_args()
-    run = train(flags.out, flags.steps)
+    run = train(flags.out)
     strip(run, flags.checkpoint)
     print(f"{flags.checkpoint}: {flags.checkpoint.stat().st_size / 1e6:.2f} MB")
 
 
-def train(out: Path, steps: int) -> Path:
+def train(out: Path) -> Path:
     """Trains in the folder `out`; the last checkpoint."""
     if not (out / "pictures").exists():
         write_pictures(out / "pictures.tmp", np.random.default_rng(SEED))
         (out / "pictures.tmp").rename(out / "pictures")
+    for stage in STAGES:
+        trainer = Trainer(StyleTransfer, stage_config(stage, out), progress=True)
+        trainer.train()
+    return trainer.folder.checkpoint(trainer.step)
+
+
+def stage_config(stage: Stage, out: Path) -> TrainConfig:
     config = preset_config(
         StyleTransfer,
         "lite",
         Pictures(out / "pictures" / "content", out / "pictures" / "style", workers=0, strict=True),
         Output(out / "run", checkpoint_every=250, sample_every=250, keep=2, resume=True),
     )
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
-        training=dataclasses.replace(config.training, steps=steps, seed=SEED, device="cpu"),
-        augmentation=dataclasses.replace(config.augmentation, jitter=0.2),
+        training=dataclasses.replace(
+            config.training, steps=stage.until, batch_size=stage.batch_size, seed=SEED, device="cpu"
+        ),
+        augmentation=dataclasses.replace(config.augmentation, size=stage.size, jitter=0.2),
         recipe=StyleTransferRecipeConfig(
-            weight_adversarial=0.25,
+            weight_adversarial=stage.weight_adversarial,
             weight_identity=5.0,  # what makes the style encoder speak of hues, for many styles
             weight_statistics=2.0,
-            lr_hold=steps // 2,
-            lr_decay=12 / steps,
+            beta1=0.9,
+            lr_hold=STAGES[0].until,
+            lr_decay=0.004,
         ),
     )
-    trainer = Trainer(StyleTransfer, config, progress=True)
-    trainer.train()
-    return trainer.folder.checkpoint(trainer.step)
 
 
 def strip(run: Path, path: Path) -> None:
