@@ -1,6 +1,6 @@
 """Trains the checkpoint that comes with fastgan: the lite preset, for styles it has never seen.
 
-    OMP_NUM_THREADS=2 python scripts/pretrain_lite.py --out runs/pretrained
+    OMP_NUM_THREADS=1 python scripts/pretrain_lite.py --out runs/pretrained
 
 Content is a few free photographs from scikit-image's wheel in several framings and colours; styles
 are free textures from there and pictures drawn by `fastgan.drawing`. Nothing is downloaded. A run
@@ -51,9 +51,9 @@ class Stage:
 STAGES = (
     # Many styles per step and small crops: the palettes, which need steps more than pixels. An
     # adversary that does not know which style is wanted would only pull towards a common tint.
-    Stage(until=2500, size=64, batch_size=8, weight_adversarial=0.0),
+    Stage(until=2000, size=64, batch_size=8, weight_adversarial=0.0),
     # Larger crops: the texture.
-    Stage(until=4000, size=128, batch_size=4, weight_adversarial=0.25),
+    Stage(until=3200, size=128, batch_size=4, weight_adversarial=0.25),
 )
 
 
