@@ -29,6 +29,7 @@ from fastgan.training.engines import (
 )
 from harness import Case, Report, Variant
 from plain_cyclegan import CycleGAN
+from step_experiments import TwoStreamCycleGAN, pad_convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,18 @@ def engine_variants(setting: Setting) -> Iterator[Variant]:
             lambda: RecipeStep(setting, "compiled graph"),
             replays=True,
         )
+        yield Variant(
+            "fastgan graph, two streams",
+            "fastgan",
+            lambda: RecipeStep(setting, "graph", kind=TwoStreamCycleGAN),
+            replays=True,
+        )
+        yield Variant(
+            "fastgan graph, padded channels",
+            "fastgan",
+            lambda: RecipeStep(setting, "graph", padded=True),
+            replays=True,
+        )
 
 
 class CompiledGraphEngine(CompileEngine, GraphEngine):
@@ -214,6 +227,8 @@ class RecipeStep:
 
     Args:
         tune: let cuDNN choose its algorithms by trial.
+        kind: instead of the recipe that the setting names.
+        padded: convolutions of pictures, or to them, with 8 channels.
     """
 
     def __init__(
@@ -223,8 +238,10 @@ class RecipeStep:
         *,
         reference: bool = False,
         tune: bool = False,
+        kind: type[Recipe] | None = None,
+        padded: bool = False,
     ) -> None:
-        kind = recipe_class(setting.recipe)
+        kind = kind or recipe_class(setting.recipe)
         first = next(iter(kind.presets.values())).config
         config = recipe_config(setting) if setting.recipe == "cyclegan" else setting.config
         with seeded():
@@ -235,6 +252,8 @@ class RecipeStep:
                 copy_weights(
                     plain_networks(CycleGAN(**setting.config)), recipe_networks(self._recipe)
                 )
+        if padded:
+            pad_convolutions(self._recipe)
         self._setting = setting
         self._reference = reference
         self._tune = tune

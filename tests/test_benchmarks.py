@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench_training
 import fastgan
 import harness
 import plots
@@ -31,6 +32,7 @@ import store
 from fastgan import reference
 from harness import Case, Effort, Variant, eager, fused
 from rows import rows_of
+from step_experiments import TwoStreamCycleGAN
 from targets import TARGETS, Target, over
 
 CPU = torch.device("cpu")
@@ -333,6 +335,28 @@ def test_a_variant_that_cannot_be_captured_keeps_its_host_time() -> None:
     assert record["uncaptured"] == "operation not permitted when stream is capturing"
     assert "wrong" not in record
     assert not graphs
+
+
+# --- What might speed a step up -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", [{"kind": TwoStreamCycleGAN}, {"padded": True}])
+@pytest.mark.parametrize(
+    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+)
+def test_experiments_with_a_step_do_not_change_it(
+    experiment: dict[str, Any], device: torch.device
+) -> None:
+    setting = bench_training.Setting("cyclegan", bench_training.TINY_CYCLEGAN, 2, 24)
+    images = torch.rand(2, 2, 3, 24, 24, device=device, dtype=torch.float64)
+    engine = "graph" if device.type == "cuda" else "eager"
+    weights = []
+    for options in ({}, experiment):
+        step = bench_training.RecipeStep(setting, engine, **options)
+        for _ in range(8):
+            step(*images)
+        weights.append(torch.cat([p.detach().flatten() for p in step._recipe.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
 
 # --- Where a step's time goes -------------------------------------------------------------------

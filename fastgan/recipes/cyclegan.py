@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from fastgan.ops.gan_loss import (
 from fastgan.recipes.pool import ImagePool
 from fastgan.recipes.recipe import AdamSettings, Batch, Preset, RecipeConfig
 from fastgan.recipes.two_domains import TwoDomainRecipe, discriminator_metrics, judge
+
+ResultT = TypeVar("ResultT")
 
 PUBLIC_GENERATORS = ("latest_net_G_A.pth", "latest_net_G_B.pth")
 """What the public code calls its generators, AtoB and BtoA."""
@@ -168,47 +170,66 @@ class CycleGAN(TwoDomainRecipe):
         return {f"pool_{domain}": pools[domain].draw(batch_size, generator) for domain in pools}
 
     def begin_step(self, batch: Batch) -> _Translations:
-        a, b = batch["A"], batch["B"]
-        to_a, to_b = self.generators["BtoA"], self.generators["AtoB"]
-        if self.config.weight_identity == 0:
-            return _Translations(fakes={"A": to_a(b), "B": to_b(a)}, identities={})
-        fake_a, identity_a = to_a(torch.cat([b, a])).chunk(2)
-        fake_b, identity_b = to_b(torch.cat([a, b])).chunk(2)
+        translated = self._for_each_domain(lambda domain: self._into(domain, batch))
         return _Translations(
-            fakes={"A": fake_a, "B": fake_b}, identities={"A": identity_a, "B": identity_b}
+            fakes={domain: pictures[0] for domain, pictures in translated.items()},
+            identities={
+                domain: pictures[1] for domain, pictures in translated.items() if len(pictures) > 1
+            },
         )
 
+    def _into(self, domain: str, batch: Batch) -> Sequence[Tensor]:
+        """The fake of a domain and, where it has weight, the identity picture."""
+        generator, other = self._generator(domain), batch[self._other(domain)]
+        if self.config.weight_identity == 0:
+            return (generator(other),)
+        translated: Tensor = generator(torch.cat([other, batch[domain]]))
+        return translated.chunk(2)
+
     def losses(self, phase: str, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
-        if phase == "generator":
-            return self._generator_losses(batch, scratch)
-        return self._discriminator_losses(batch, scratch)
+        terms = self._generator_terms if phase == "generator" else self._discriminator_terms
+        by_domain = self._for_each_domain(lambda domain: terms(domain, batch, scratch))
+        return {
+            f"{name}_{domain}": term
+            for domain, of_domain in by_domain.items()
+            for name, term in of_domain.items()
+        }
 
-    def _generator_losses(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
-        config = self.config
-        terms: dict[str, Tensor] = {}
-        for domain, other in (self.domains, self.domains[::-1]):
-            picture = batch[domain]
-            logits = self.discriminators[domain](scratch.fakes[domain])
-            adversarial = generator_loss(logits, mode=config.gan_mode)
-            cycle = self.generators[f"{other}to{domain}"](scratch.fakes[other])
-            terms[f"adversarial_{domain}"] = config.weight_adversarial * adversarial
-            terms[f"cycle_{domain}"] = config.weight_cycle * F.l1_loss(cycle, picture)
-            if scratch.identities:
-                distance = F.l1_loss(scratch.identities[domain], picture)
-                weight = config.weight_cycle * config.weight_identity
-                terms[f"identity_{domain}"] = weight * distance
+    def _generator_terms(
+        self, domain: str, batch: Batch, scratch: _Translations
+    ) -> dict[str, Tensor]:
+        config, picture = self.config, batch[domain]
+        logits = self.discriminators[domain](scratch.fakes[domain])
+        cycle = self._generator(domain)(scratch.fakes[self._other(domain)])
+        terms = {
+            "adversarial": config.weight_adversarial * generator_loss(logits, mode=config.gan_mode),
+            "cycle": config.weight_cycle * F.l1_loss(cycle, picture),
+        }
+        if scratch.identities:
+            weight = config.weight_cycle * config.weight_identity
+            terms["identity"] = weight * F.l1_loss(scratch.identities[domain], picture)
         return terms
 
-    def _discriminator_losses(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
-        terms = {}
-        for domain in self.domains:
-            pooled = self.pools[domain](scratch.fakes[domain], batch[f"pool_{domain}"])
-            real, fake = judge(self.discriminators[domain], batch[domain], pooled)
-            loss, scratch.stats[domain] = discriminator_loss_with_stats(
-                real, fake, mode=self.config.gan_mode
-            )
-            terms[f"discriminator_{domain}"] = 0.5 * loss
-        return terms
+    def _discriminator_terms(
+        self, domain: str, batch: Batch, scratch: _Translations
+    ) -> dict[str, Tensor]:
+        pooled = self.pools[domain](scratch.fakes[domain], batch[f"pool_{domain}"])
+        real, fake = judge(self.discriminators[domain], batch[domain], pooled)
+        loss, scratch.stats[domain] = discriminator_loss_with_stats(
+            real, fake, mode=self.config.gan_mode
+        )
+        return {"discriminator": 0.5 * loss}
+
+    def _for_each_domain(self, work: Callable[[str], ResultT]) -> dict[str, ResultT]:
+        """`work` of both domains; neither needs anything of the other's."""
+        return {domain: work(domain) for domain in self.domains}
+
+    def _other(self, domain: str) -> str:
+        return self.domains[1 - self.domains.index(domain)]
+
+    def _generator(self, domain: str) -> nn.Module:
+        """The one that makes pictures of a domain."""
+        return self.generators[f"{self._other(domain)}to{domain}"]
 
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
         return discriminator_metrics(scratch.stats)
