@@ -16,9 +16,21 @@ mpl.use("Agg")
 mpl.rcParams["svg.hashsalt"] = "fastgan"  # the same run gives the same file
 mpl.rcParams["svg.fonttype"] = "none"
 mpl.rcParams["font.size"] = 9
-COLOURS = {"eager": "#8c8c8c", "compile": "#d98c2b", "library": "#9a6bb5", "fastgan": "#2b7bba"}
-NAMES = {"eager": "eager", "compile": "torch.compile", "library": "cuBLAS", "fastgan": "fastgan"}
-PARTS = ("gram", "instance_norm", "gan_loss", "training", "inference")
+COLOURS = {
+    "eager": "#8c8c8c",
+    "compile": "#d98c2b",
+    "library": "#9a6bb5",
+    "peer": "#5a9e6f",
+    "fastgan": "#2b7bba",
+}
+NAMES = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "library": "cuBLAS",
+    "peer": "another library",
+    "fastgan": "fastgan",
+}
+PARTS = ("gram", "instance_norm", "gan_loss", "training", "inference", "export")
 
 
 def draw(run: dict[str, Record], folder: Path) -> None:

@@ -26,7 +26,9 @@ PARTS = {
     "gan_loss": "GAN losses",
     "training": "Training steps",
     "inference": "Inference",
+    "export": "Exported generators",
 }
+README_PARTS = tuple(part for part in PARTS if part != "export")  # whose networks inference has
 MARKERS = ("<!-- performance -->", "<!-- /performance -->")
 REPORT = Path(__file__).resolve().parent / "RESULTS.md"
 
@@ -42,6 +44,7 @@ a CPU, `make gpu-bench` an NVIDIA GPU (`PART=gram` one part of it; a run that wa
   the best that PyTorch's own kernels do. The name in the cell says which. **torch.compile** is the
   faster of its default and max-autotune modes, where both were measured (max-autotune on GPUs, for
   what it can tune); whole training steps are compiled on GPUs only.
+- **Peer** is another library on the same inputs, such as onnxruntime with an exported generator.
 - **Times** are medians of rounds in which all variants take turns; ± is half the distance between
   the quartiles. On a GPU they are device time, from replaying a CUDA graph whose calls turn through
   inputs twice the size of the L2 cache, unless the column says host: that is time per call with the
@@ -116,6 +119,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         "fastgan": [_cell(row, "fastgan") for row in rows],
         "over eager": [_times(row.speedup("eager")) for row in rows],
         "over compile": [_times(row.speedup("compile")) for row in rows],
+        "over peer": [_times(row.speedup("peer")) for row in rows],
         "of copy": [_percent(row.share_of_copy(row.fastgan)) for row in rows],
         "host, over eager": [_times(_host_speedup(row)) for row in rows],
         "launches (eager)": [_pair(row, "launches", 1) for row in rows],
@@ -242,7 +246,7 @@ def readme_section(runs: dict[str, dict[str, Record]]) -> str:
         ]
         lines += ["| | cases | over eager | over torch.compile |", "|---|---|---|---|"]
         uncovered = []
-        for part in PARTS:
+        for part in README_PARTS:
             if part not in run:
                 continue
             grouped: dict[tuple[str, str], list[Row]] = {}

@@ -6,6 +6,7 @@ What it holds is the reference path: plain PyTorch operations, none of fastgan's
 from __future__ import annotations
 
 import abc
+import copy
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -32,7 +33,7 @@ _ENDINGS: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2"}
 def export(
     out: str | Path,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Recipe | None = None,
     format: Format | None = None,
     direction: str | None = None,
 ) -> Path:
@@ -49,7 +50,8 @@ def export(
 
     Args:
         out: ends in ``.onnx`` or ``.pt2``.
-        checkpoint: as in :func:`fastgan.inference.load_recipe`; None for the pretrained one.
+        checkpoint: as in :func:`fastgan.inference.load_recipe`, or a recipe, which stays as it is;
+            None for the pretrained checkpoint.
         format: ``"onnx"``, which needs the extra ``[export]``, or ``"torch-export"``, for
             ``torch.export.load``; by default what `out` ends in.
         direction: "AtoB" or "BtoA" where the recipe has directions.
@@ -64,16 +66,17 @@ def export(
     if format == "onnx":  # torch would say so at the end only, and in many lines
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
-    recipe = load_recipe(pretrained_checkpoint() if checkpoint is None else checkpoint)
+    if isinstance(checkpoint, Recipe):
+        recipe = copy.deepcopy(checkpoint).cpu().float().eval()
+    else:
+        recipe = load_recipe(pretrained_checkpoint() if checkpoint is None else checkpoint)
     generator = _generator(recipe.to(memory_format=torch.contiguous_format), direction)
-    free = {
-        name: {
-            axis: Dim(size, min=generator.smallest if axis else 1) for axis, size in axes.items()
-        }
+    sizes = {  # the batch axis is 0
+        name: {i: Dim(size, min=generator.smallest if i > 0 else 1) for i, size in axes.items()}
         for name, axes in generator.axes.items()
     }
     with use_impl("reference"), torch.no_grad():
-        program = torch.export.export(generator.eval(), generator.example(), dynamic_shapes=free)
+        program = torch.export.export(generator, generator.example(), dynamic_shapes=sizes)
     metadata = {
         "model": " ".join(filter(None, ("fastgan", recipe.name, direction))),
         "fastgan_version": fastgan.__version__,

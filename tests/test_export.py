@@ -143,6 +143,15 @@ def test_translation_parity(kind: type[TwoDomainRecipe], format: str, tmp_path: 
         close(run(images), recipe.stylize(images, direction="BtoA"))
 
 
+def test_a_recipe_is_exported_in_fp32_and_stays_as_it_is(tmp_path: Path) -> None:
+    recipe = tiny_style_transfer().bfloat16().to(memory_format=torch.channels_last).train()
+    out = export.export(tmp_path / "model.pt2", checkpoint=recipe)
+    assert recipe.training
+    assert {parameter.dtype for parameter in recipe.parameters()} == {torch.bfloat16}
+    content, style = pictures(1, 3, 20, 21), pictures(1, 3, 30, 22)
+    close(runner(out)(content, style, torch.ones(1)), recipe.float().generator(content, style))
+
+
 class TestCommandLine:
     def test_the_pretrained_checkpoint_is_the_default(
         self,

@@ -303,6 +303,34 @@ def test_16_bit_is_close_to_fp32(trained: Path, precision: str) -> None:
     assert 0 < (half - full).abs().mean() < 0.01
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(trained: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "in" / f"{number}.png", 61 + number // 3, 90)
+    results = {}
+    for device, precision in (("cpu", None), ("cuda", "fp32"), ("cuda", None)):
+        out = tmp_path / f"{device}{precision}"
+        written = stylize(
+            tmp_path / "in",
+            several_styles(),
+            out,
+            checkpoint=trained,
+            device=device,
+            precision=precision,
+            keep_color=True,
+            batch_size=2,
+        )
+        results[device, precision] = torch.stack([load_image(p)[:, :61].float() for p in written])
+    exact = results["cpu", None]
+    assert (results["cuda", "fp32"] - exact).abs().max() <= 2  # TF32 convolutions
+    assert (results["cuda", None] - exact).abs().mean() < 2  # 16 bits
+    memory = torch.cuda.memory_allocated()
+    image = stylize(noise(40, 40).cuda(), stripes().cuda(), checkpoint=trained, device="cuda")
+    assert image.device.type == "cuda"
+    del image
+    assert torch.cuda.memory_allocated() == memory  # nothing stays behind
+
+
 def test_a_recipe_keeps_its_own_device_and_precision(recipe: StyleTransfer) -> None:
     for option in ({"device": "cpu"}, {"precision": "bf16"}):
         with pytest.raises(ValueError, match="device and precision: the recipe given"):
