@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import scaling
 from distributed_worker import CONFIGS, STEPS, STOP, train
 from dummy_recipe import Dummy
 from fastgan import checkpoint
+from fastgan.recipes import RECIPES
+from fastgan.recipes.unit import UNIT
 from fastgan.run_folder import RunFolder
+from fastgan.training import distributed
+from fastgan.training.config import Training
 from fastgan.training.data import Augmentation, PictureStream
+from fastgan.training.distributed import Exchange, own_device
+from fastgan.training.engine import phase_parameters
 from pictures import write_folders
 from test_resume import assert_same_training
 
@@ -57,29 +67,53 @@ def said(process: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in lines if line.startswith("fastgan: ")]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_folders(root, ("trainA", "trainB", "content", "style"))
-    return root
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="module")
-def two(data: Path, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left: whole, in parts, and in graphs."""
-    out = tmp_path_factory.mktemp("two")
-    ended = torchrun("distributed_worker.py", data, out, one, FAULT_RANK=1)
-    assert ended.returncode == 0, ended.stderr
-    return out
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Fills a folder of that name once for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fill(name: str, work: Callable[[Path], None]) -> Path:
+        folder = root / f"distributed-{name}"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                work(folder)
+        return folder
+
+    return fill
 
 
 @pytest.fixture(scope="module")
-def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(once: Once) -> Path:
+    names = ("trainA", "trainB", "content", "style")
+    return once("data", lambda root: write_folders(root, names))
+
+
+@pytest.fixture(scope="module")
+def one(data: Path, once: Once) -> Path:
     """What one process left, with twice the batch."""
-    out = tmp_path_factory.mktemp("one")
-    for name in CONFIGS:
-        train(name, data, out, batch_size=2)
-    return out
+
+    def work(out: Path) -> None:
+        for name in CONFIGS:
+            train(name, data, out, batch_size=2)
+
+    return once("one", work)
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, one: Path, once: Once) -> Path:
+    """What two processes left: whole, in parts, and in graphs."""
+
+    def work(out: Path) -> None:
+        ended = torchrun("distributed_worker.py", data, out, one, FAULT_RANK=1)
+        assert ended.returncode == 0, ended.stderr
+
+    return once("two", work)
 
 
 def losses_of(run: Path) -> list[dict[str, float]]:
@@ -183,33 +217,25 @@ def dummy_flags(data: Path) -> list[object]:
     return ["dummy", *own, "--steps", 12, "--checkpoint-every", 3, "--workers", 0]
 
 
-@pytest.fixture(scope="module")
-def whole(dummy_flags: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", out)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("12 steps: ") == 1
-    return out
-
-
-def test_a_killed_process_ends_the_others(
-    dummy_flags: list[object], whole: Path, tmp_path: Path
-) -> None:
+def test_a_killed_process_ends_the_others(dummy_flags: list[object], tmp_path: Path) -> None:
     """Those say so themselves, which they could not if they had waited for torchrun's SIGKILL."""
-    flags = ["train", *dummy_flags, "--out", tmp_path]
+    flags = ["train", *dummy_flags, "--out", tmp_path / "killed"]
     killed = {"SIGNAL_STEP": 7, "SIGNAL": int(signal.SIGKILL), "SIGNAL_RANK": 0}
     ended = torchrun("dummy_recipe.py", *flags, **killed)
     assert ended.returncode == 1  # torchrun's own, whatever the processes' are
-    saved = RunFolder(tmp_path).newest()
+    saved = RunFolder(tmp_path / "killed").newest()
     assert saved is not None
     assert saved.stem == "step_00000006"
     assert said(ended)[-1] == (
         "fastgan: rank 0 of 2 processes ended without a word, as when killed; last good "
         f"checkpoint: {saved}, --resume goes on from there"
     )
-    ended = torchrun("dummy_recipe.py", *flags, "--resume")
-    assert ended.returncode == 0, ended.stderr
-    assert_same_training(tmp_path, whole)
+    whole = ["train", *dummy_flags, "--out", tmp_path / "whole"]
+    for run in ([*flags, "--resume"], whole):
+        ended = torchrun("dummy_recipe.py", *run)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("12 steps: ") == 1
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_signal_to_one_process_stops_all_after_one_step(
@@ -236,3 +262,54 @@ def test_memory_exhausted_in_one_process_ends_all(
     assert "--activation-checkpointing" in line
     assert said(ended)[-1] == line
     assert RunFolder(tmp_path).checkpoints()[-1].stem == "step_00000003"
+
+
+# --- The page about it --------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_networks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(RECIPES, Dummy.name)
+    page = Path(__file__).parents[1] / "docs" / "scaling.md"
+    assert scaling.table() in page.read_text()
+
+
+def test_bytes_are_those_of_the_exchange() -> None:
+    recipe = UNIT(dataclasses.replace(UNIT.presets["lite"].config, **CONFIGS["unit"]))
+    exchanged = 0
+    for phase in recipe.phases:
+        losses = torch.zeros(3)
+        parameters = list(phase_parameters(recipe, phase).values())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        exchanged += Exchange(parameters, losses).pack(losses).nbytes - losses.nbytes
+    assert exchanged == scaling.gradient_bytes(recipe)
+    assert scaling.sent_bytes(exchanged, 2) == exchanged
+
+
+# --- Flags and devices --------------------------------------------------------------------------
+
+
+def test_accumulate_is_at_least_one() -> None:
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        Training(accumulate=0)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_a_device_is_not_for_several(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"device: 2 processes .* got '{device}'"):
+        own_device(device)
+
+
+def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "choose_device", torch.device)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device(None) == own_device("cuda") == torch.device("cuda", rank)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"3 processes here, .* GPUs for 2: --nproc_per_node=2"):
+        own_device(None)

@@ -20,10 +20,18 @@ from fastgan.device import use_deterministic_algorithms
 from fastgan.models import RandomFeatures
 from fastgan.recipes import RECIPES, Batch, Recipe, RecipeConfig
 from fastgan.recipes.style_transfer import StyleTransfer
+from fastgan.recipes.unit import UNIT
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output
+from fastgan.training.distributed import World
 from fastgan.training.engine import EagerEngine
-from fastgan.training.engines import CompileEngine, CudaGraph, GraphEngine, make_engine
+from fastgan.training.engines import (
+    CompileEngine,
+    CudaGraph,
+    GraphEngine,
+    checkpoint_activations,
+    make_engine,
+)
 from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
 from pictures import write_pictures
 from recorded_graph import RecordedGraph, SyncWatch
@@ -210,6 +218,112 @@ class TestGraph:
         assert caplog.messages == ["engine graph needs a CUDA device and this is cpu: using eager"]
 
 
+class Twin(World):
+    """Two processes, of which the other always finds the same."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=2)
+
+    def average(self, values: Tensor) -> None:
+        """Of equal values."""
+
+
+@every_recipe
+def test_a_step_in_pieces_is_the_whole_step(recipe: type[Recipe]) -> None:
+    whole = EagerEngine(build(recipe), CPU, "fp32", 0.9)
+    train(whole, range(8))
+    expected = everything(whole)
+    pieces = EagerEngine(build(recipe), CPU, "fp32", 0.9, world=Twin())
+    train(pieces, range(8))
+    assert_same_bits(everything(pieces), expected)
+    graph = RecordedGraph()
+    captured = GraphEngine(build(recipe), CPU, "fp32", 0.9, graph, world=Twin())
+    train(captured, range(8))
+    assert_same_bits(everything(captured), expected)
+    assert graph.replays == (8 - 3) * (1 + len(recipe.phases))
+
+
+def train_accumulating(engine: EagerEngine, steps: range) -> None:
+    """Three micro-batches a step."""
+    for step in steps:
+        batches = [batch_of(engine.recipe, 3 * step + i) for i in range(3)]
+        stacked = {name: torch.stack([b[name] for b in batches]) for name in batches[0]}
+        engine.step(stacked, step, steps_per_epoch=5)
+
+
+@every_recipe
+def test_accumulation_in_a_graph(recipe: type[Recipe]) -> None:
+    eager = EagerEngine(build(recipe), CPU, "fp16", 0.9, accumulate=3)
+    train_accumulating(eager, range(6))
+    expected = everything(eager)
+    graph = GraphEngine(build(recipe), CPU, "fp16", 0.9, RecordedGraph(), accumulate=3)
+    train_accumulating(graph, range(6))
+    assert_same_bits(everything(graph), expected)
+
+
+# --- Activation checkpointing -------------------------------------------------------------------
+
+
+@every_recipe
+def test_checkpointed_activations_change_no_bit(recipe: type[Recipe]) -> None:
+    """Of weights, losses and random numbers, with dropout and noise on latents."""
+    states = []
+    for checkpointing in (False, True):
+        engine = make_engine(
+            "eager", build(recipe), CPU, "fp32", 0.9, activation_checkpointing=checkpointing
+        )
+        train(engine, range(3))
+        states.append(everything(engine))
+    assert_same_bits(*states)
+
+
+def bytes_for_backward(recipe: Recipe) -> int:
+    """What the generator's phase keeps for its backward, but for the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in recipe.parameters()}
+    kept: dict[int, Tensor] = {}  # by their memory, which stays theirs while they are held
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = batch_of(recipe, 0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scratch = recipe.begin_step(batch)
+        recipe.losses("generator", batch, scratch)
+    return sum(kept[address].untyped_storage().nbytes() for address in kept.keys() - weights)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share"), [(StyleTransfer, 0.7), *((recipe, 0.2) for recipe in TWO_DOMAIN_RECIPES)]
+)
+def test_checkpointed_activations_are_not_kept(recipe: type[Recipe], share: float) -> None:
+    """Of style transfer what the extractor and the discriminator keep remains."""
+    plain, checkpointed = build(recipe), build(recipe)
+    checkpoint_activations(checkpointed)
+    assert bytes_for_backward(checkpointed) < share * bytes_for_backward(plain)
+
+
+@pytest.mark.slow
+def test_checkpointed_activations_of_several_processes_compile(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    gradients = []
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        for kind, checkpointing in (("eager", False), ("compile", True)):
+            engine = make_engine(
+                kind, build(UNIT).double(), CPU, "fp32", 0.9,
+                world=Twin() if checkpointing else None, activation_checkpointing=checkpointing,
+            )  # fmt: skip
+            gradients.append(first_gradients(engine))
+    assert "engine compile" not in caplog.text
+    for name, expected in gradients[0].items():
+        size = expected.abs().max().item()
+        torch.testing.assert_close(
+            gradients[1][name], expected, rtol=1e-9, atol=1e-9 * size, msg=name
+        )
+
+
 # --- Compiled -----------------------------------------------------------------------------------
 
 
@@ -391,6 +505,55 @@ def test_cuda_graph_equals_eager_to_the_bit(
         train(graph, range(14), device)
     assert not caplog.records
     assert_same_bits(everything(graph, device), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+@every_recipe
+def test_cuda_graphs_of_pieces_are_the_whole_step(
+    recipe: type[Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cuda")
+    eager = make_engine("eager", build(recipe, device), device, "bf16", 0.9)
+    train(eager, range(14), device)
+    expected = everything(eager, device)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        graph = make_engine("graph", build(recipe, device), device, "bf16", 0.9, world=Twin())
+        train(graph, range(14), device)
+    assert not caplog.records
+    assert_same_bits(everything(graph, device), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", TWO_DOMAIN_RECIPES)
+def test_checkpointed_activations_spare_memory(recipe: type[Recipe]) -> None:
+    device, peaks = torch.device("cuda"), []
+    for checkpointing in (False, True):
+        built = build(recipe, device, width=32)
+        engine = make_engine(
+            "eager", built, device, "bf16", 0.0, activation_checkpointing=checkpointing
+        )
+        batch = batch_of(built, 0, device)
+        for domain in built.domains:
+            batch[domain] = batch[domain].repeat(8, 1, 1, 1)
+        batch |= {name: v.to(device) for name, v in built.draw(0, 16, torch.Generator()).items()}
+        for step in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            engine.step(batch, step, steps_per_epoch=5)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del engine, built
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+@pytest.mark.gpu
+def test_a_graph_cannot_hold_checkpointed_activations(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        engine = make_engine(
+            "graph", build(Dummy, device), device, "fp32", 0.9, activation_checkpointing=True
+        )
+    assert type(engine) is EagerEngine
+    assert "cannot capture activation checkpointing: using eager" in caplog.text
 
 
 @pytest.mark.gpu

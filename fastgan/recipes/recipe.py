@@ -141,7 +141,7 @@ class Recipe(nn.Module, abc.ABC):
     def begin_step(self, batch: Batch) -> Any:
         """Forward work that the phases share, with its graph; handed to `losses` as `scratch`.
 
-        Discriminator losses use the fakes found here detached.
+        Only the phase "generator" differentiates it; discriminators use its fakes detached.
         """
         return None
 
