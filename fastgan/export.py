@@ -53,7 +53,8 @@ def export(
         checkpoint: as in :func:`fastgan.inference.load_recipe`, or a recipe, which stays as it is;
             None for the pretrained checkpoint.
         format: ``"onnx"``, which needs the extra ``[export]``, or ``"torch-export"``, for
-            ``torch.export.load``; by default what `out` ends in.
+            ``torch.export.load`` (``torch.export.passes.move_to_device_pass`` moves it to a GPU);
+            by default what `out` ends in.
         direction: "AtoB" or "BtoA" where the recipe has directions.
 
     Raises:
@@ -77,6 +78,7 @@ def export(
     }
     with use_impl("reference"), torch.no_grad():
         program = torch.export.export(generator, generator.example(), dynamic_shapes=sizes)
+        program = program.run_decompositions({})  # drops what the ops only looked at, as strides
     metadata = {
         "model": " ".join(filter(None, ("fastgan", recipe.name, direction))),
         "fastgan_version": fastgan.__version__,

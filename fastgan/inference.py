@@ -233,7 +233,7 @@ def _render(
     images = _prepared(recipe, pictures)
     result = recipe.stylize(images, style, alpha=alpha, direction=direction)
     if color:
-        result = keep_color(result, images)
+        result = keep_color(result, _floats(pictures.to(result.device)))
     if pictures.dtype == torch.uint8:
         result = to_uint8(result)
     return result.to(pictures)
@@ -378,9 +378,12 @@ def _reduced(height: int, width: int, max_side: int | None) -> tuple[int, int]:
 def _prepared(recipe: Recipe, pictures: Tensor) -> Tensor:
     """[B,3,H,W] as the networks of `recipe` take it."""
     weight = next(recipe.parameters())
-    images = pictures.to(weight.device)
-    images = to_float(images) if images.dtype == torch.uint8 else images
-    return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    images = _floats(pictures.to(weight.device)).to(weight.dtype)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _floats(pictures: Tensor) -> Tensor:
+    return to_float(pictures) if pictures.dtype == torch.uint8 else pictures
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 import fastgan
 from dummy_recipe import Dummy, DummyConfig
@@ -126,6 +127,20 @@ class TestStyleTransfer:
         assert (image.name, image.shape) == ("image", ["batch", 3, "height", "width"])
         assert session.get_modelmeta().custom_metadata_map == expected
         onnx.checker.check_model(str(exported), full_check=True)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_program_moves_to_another_device(checkpoint: Path, tmp_path: Path, device: str) -> None:
+    path = export.export(tmp_path / "model.pt2", checkpoint=checkpoint)
+    program = move_to_device_pass(torch.export.load(path), device)
+    inputs = (pictures(2, 3, 20, 21), pictures(1, 3, 30, 22), torch.ones(1))
+    result = program.module()(*(x.to(device) for x in inputs))
+    assert (result.device.type, result.shape) == (device, inputs[0].shape)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("fastgan" in target or "empty" in target for target in targets)
+    if device != "meta":
+        expected = load_recipe(checkpoint).generator(*inputs[:2])
+        assert (result.cpu() - expected).abs().max() <= 10 * ALLOWED  # TF32 convolutions
 
 
 @pytest.mark.parametrize(

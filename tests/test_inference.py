@@ -324,11 +324,8 @@ def test_a_gpu_gives_what_the_cpu_gives(trained: Path, tmp_path: Path) -> None:
     exact = results["cpu", None]
     assert (results["cuda", "fp32"] - exact).abs().max() <= 2  # TF32 convolutions
     assert (results["cuda", None] - exact).abs().mean() < 2  # 16 bits
-    memory = torch.cuda.memory_allocated()
     image = stylize(noise(40, 40).cuda(), stripes().cuda(), checkpoint=trained, device="cuda")
     assert image.device.type == "cuda"
-    del image
-    assert torch.cuda.memory_allocated() == memory  # nothing stays behind
 
 
 def test_a_recipe_keeps_its_own_device_and_precision(recipe: StyleTransfer) -> None:
