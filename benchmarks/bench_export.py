@@ -47,6 +47,8 @@ class InOnnxruntime(torch.nn.Module):
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Or its threads would go on turning while the next variant is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as folder:
             path = export(Path(folder) / "model.onnx", checkpoint=recipe)
             self.session = onnxruntime.InferenceSession(
