@@ -189,9 +189,29 @@ def test_optional_terms_equal_their_definitions():
     assert_close(terms["variation"], torch.tensor(4 * variation), torch.float32)
 
 
+def test_strength_term_wants_the_cross_fade():
+    recipe, batch = prepare(weight_strength=3.0)
+    drawn = recipe.draw(7, 2, torch.Generator().manual_seed(0))
+    assert drawn["strength"].shape == (2,)
+    strength = batch["strength"] = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    loss = generator_terms(recipe, batch)["strength"]
+    style, content = (batch[k][..., :24, :20] for k in ("style", "content"))
+    apart = 0.0
+    for one, alpha in enumerate(strength.tolist()):
+        pair = content[one : one + 1], style[one : one + 1]
+        target = (1 - alpha) * pair[0] + alpha * recipe.generator(*pair).detach()
+        apart = apart + (recipe.generator(*pair, alpha=alpha) - target).abs().mean() / 2
+    assert_close(loss, 3 * apart, torch.float32)
+    expected = torch.autograd.grad(3 * apart, recipe.generator.parameters(), allow_unused=True)
+    actual = torch.autograd.grad(loss, recipe.generator.parameters(), allow_unused=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, torch.float32)  # the full result is a target, not a thing to change
+
+
 def test_terms_without_weight_are_not_computed():
     recipe, batch = prepare(weight_reconstruction=0.0, weight_texture=0.0)
     assert list(generator_terms(recipe, batch)) == ["content", "style", "adversarial"]
+    assert recipe.draw(0, 2, torch.Generator()) == {}
 
 
 # --- The trainer's contract ---------------------------------------------------------------------
@@ -279,9 +299,12 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_fp32_and_finite_under_autocast(dtype: torch.dtype):
-    recipe, batch = prepare(weight_identity=1.0, weight_statistics=1.0, weight_variation=1.0)
+    recipe, batch = prepare(
+        weight_identity=1.0, weight_strength=1.0, weight_statistics=1.0, weight_variation=1.0
+    )
     recipe.float()
     batch = {name: images.float() for name, images in batch.items()}
+    batch["strength"] = torch.tensor([0.3, 0.8])
     with torch.autocast("cpu", dtype=dtype):
         scratch = recipe.begin_step(batch)
         terms = [recipe.losses(phase, batch, scratch) for phase in recipe.phases]

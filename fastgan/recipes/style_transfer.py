@@ -89,6 +89,9 @@ class StyleTransferRecipeConfig(RecipeConfig):
     """Weight of L1 between a content picture and its own features, decoded."""
     weight_identity: float = 0.0
     """Weight of L1 between a style picture and itself in its own style."""
+    weight_strength: float = 0.0
+    """Weight of L1 between a result of random strength and the cross-fade, by that strength, of the
+    picture into its full result, which lets the strength act evenly."""
     weight_statistics: float = 0.0
     """Weight of AdaIN's style loss: means and deviations of the extractor's maps."""
     weight_variation: float = 0.0
@@ -125,6 +128,7 @@ _TEXTBOOK: dict[str, Any] = {
     "weight_texture": 0.0,
     "weight_reconstruction": 0.0,
     "weight_identity": 0.0,
+    "weight_strength": 0.0,
     "weight_statistics": 0.0,
     "weight_variation": 0.0,
 }
@@ -212,6 +216,11 @@ class StyleTransfer(Recipe):
     def default_steps(self, steps_per_epoch: int) -> int:
         return 10_000
 
+    def draw(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if self._goal.weight_strength == 0:
+            return {}
+        return {"strength": torch.rand(batch_size, generator=generator)}
+
     def begin_step(self, batch: Batch) -> Scratch:
         return Scratch(fake=self.generator(batch["content"], batch["style"]))
 
@@ -252,12 +261,21 @@ class StyleTransfer(Recipe):
             corner = _corner(style)
             identity = _l1(self.generator(corner, corner), corner)
             terms["identity"] = goal.weight_identity * identity
+        if goal.weight_strength > 0:
+            strength = self._strength_loss(_corner(content), _corner(style), batch["strength"])
+            terms["strength"] = goal.weight_strength * strength
         if goal.weight_statistics > 0:
             statistics = adain_style_loss(features, [instance_stats(f) for f in style_features])
             terms["statistics"] = goal.weight_statistics * statistics
         if goal.weight_variation > 0:
             terms["variation"] = goal.weight_variation * _total_variation(fake)
         return terms
+
+    def _strength_loss(self, content: Tensor, style: Tensor, strength: Tensor) -> Tensor:
+        with torch.no_grad():
+            full = widen(self.generator(content, style))
+            target = content + strength[:, None, None, None] * (full - content)
+        return _l1(self.generator(content, style, strength), target)
 
     def _content_loss(self, content: Tensor, fake: Tensor, features: list[Tensor]) -> Tensor:
         goal = self._goal
