@@ -45,15 +45,34 @@ class Stage:
     """Its last step."""
     size: int
     batch_size: int
-    weight_adversarial: float
+    losses: StyleTransferRecipeConfig
 
 
+_COMMON = StyleTransferRecipeConfig(
+    weight_identity=5.0,  # what makes the style encoder speak of hues, for many styles
+    weight_statistics=2.0,
+    beta1=0.9,
+    lr_hold=2000,
+    lr_decay=0.004,
+)
 STAGES = (
     # Many styles per step and small crops: the palettes, which need steps more than pixels. An
     # adversary that does not know which style is wanted would only pull towards a common tint.
-    Stage(until=2000, size=64, batch_size=8, weight_adversarial=0.0),
-    # Larger crops: the texture.
-    Stage(until=3200, size=128, batch_size=4, weight_adversarial=0.25),
+    Stage(2000, size=64, batch_size=8, losses=dataclasses.replace(_COMMON, weight_adversarial=0.0)),
+    # Larger crops: cleaner textures, less of them, and a strength that acts evenly.
+    Stage(
+        3600,
+        size=128,
+        batch_size=4,
+        losses=dataclasses.replace(
+            _COMMON,
+            weight_content=2.0,
+            weight_texture=1.0,
+            weight_adversarial=0.25,
+            weight_strength=5.0,
+            weight_variation=1.0,
+        ),
+    ),
 )
 
 
@@ -91,14 +110,7 @@ def stage_config(stage: Stage, out: Path) -> TrainConfig:
             config.training, steps=stage.until, batch_size=stage.batch_size, seed=SEED, device="cpu"
         ),
         augmentation=dataclasses.replace(config.augmentation, size=stage.size, jitter=0.2),
-        recipe=StyleTransferRecipeConfig(
-            weight_adversarial=stage.weight_adversarial,
-            weight_identity=5.0,  # what makes the style encoder speak of hues, for many styles
-            weight_statistics=2.0,
-            beta1=0.9,
-            lr_hold=STAGES[0].until,
-            lr_decay=0.004,
-        ),
+        recipe=stage.losses,
     )
 
 
