@@ -173,10 +173,10 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
         device: cpu, cuda, mps (default: a GPU if there is one).
         precision: fp32, bf16 or fp16 (default: bf16 on GPUs of capability 8.0 and up, fp16 on
             older ones, fp32 elsewhere).
-        batch_size: so many pictures of one size at a time.
-        strict: a content file that is no readable picture is an error; otherwise it is skipped
+        batch_size: with `out`, so many pictures of one size at a time.
+        strict: a file in a folder that is no readable picture is an error; otherwise it is skipped
             with a warning.
-        progress: show a progress bar on standard error.
+        progress: with `out`, show a progress bar on standard error.
 
     Raises:
         ValueError, TypeError, OSError: an argument does not serve; raised before anything is
@@ -205,7 +205,7 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
     recipe = _recipe(checkpoint, device, precision)
     if direction is not None and not recipe.directions:
         raise ValueError(f"direction: {recipe.name} has none, its style picture decides")
-    mixed = _mixed_style(recipe, styles, weights, max_side)
+    mixed = _mixed_style(recipe, styles, weights, max_side, strict)
 
     def render(pictures: Tensor) -> Tensor:
         with _memory_errors(recipe, pictures):
@@ -313,6 +313,7 @@ def _mixed_style(
     styles: Sequence[Sequence[Picture]],
     weights: Sequence[float],
     max_side: int | None,
+    strict: bool,
 ) -> Style | None:
     """All styles as one; None where there are none, which the recipe may or may not accept."""
     if not styles:
@@ -322,8 +323,9 @@ def _mixed_style(
     encoded: list[Style] = []
     shares: list[float] = []
     for pictures, weight in zip(styles, weights, strict=True):
-        readable = [_encoded(recipe, picture, max_side, len(pictures) == 1) for picture in pictures]
-        found = [style for style in readable if style is not None]
+        must = strict or len(pictures) == 1
+        tried = [_encoded(recipe, picture, max_side, must) for picture in pictures]
+        found = [style for style in tried if style is not None]
         if not found:
             raise ValueError(f"style: none of {len(pictures)} files is a readable picture")
         encoded += found

@@ -10,9 +10,11 @@ import fastgan
 from dummy_recipe import Dummy
 from fastgan import cli
 from fastgan.recipes import RECIPES
+from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.training.config import Pictures
 from fastgan.training.data import Augmentation, PictureStream
 from pictures import write_pictures
+from tiny import save_tiny_recipe, tiny_style_transfer
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,24 @@ def test_flags_win_over_the_preset_and_over_the_checkpoint(
     assert second["config"]["recipe"] == {**first["recipe"], "weight_content": 2.5}
     # the same command once more, --no-flip included, with --resume
     assert train(folders, tmp_path, "--no-flip", "--resume") == 0
+
+
+def test_every_flag_of_stylize(
+    folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = save_tiny_recipe(tiny_style_transfer(), tmp_path)
+    flags = [
+        "stylize", "--checkpoint", str(recipe), "--content", str(folders.content), "--style",
+        str(folders.style / "0.png"), str(folders.style), "--out", str(tmp_path / "out"),
+        "--style-weights", "0.7", "0.3", "--alpha", "0.9", "--keep-color", "--max-side", "40",
+        "--batch-size", "2", "--precision", "bf16", "--strict", "--device", "cpu",
+    ]  # fmt: skip
+    assert cli.main(flags) == 0
+    said = capsys.readouterr()
+    assert said.out == f"wrote {tmp_path / 'out' / '0.png'} and 4 more\n"
+    assert "5/5" in said.err  # the progress bar
+    assert cli.main([*flags, "--style-weights", "1", "-1"]) == 2
+    assert "style_weights must be finite, not negative" in one_line(capsys)
 
 
 class TestWrongArguments:
@@ -252,6 +272,23 @@ class TestFaults:
         assert last.startswith(f"fastgan: {message}")
         assert len(earlier) == 2  # device and precision, pictures
 
+    def test_too_little_memory_to_stylize(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+        recipe = save_tiny_recipe(tiny_style_transfer(), tmp_path)
+        monkeypatch.setattr(StyleTransfer, "stylize", fail)
+        flags = ["--style", str(folders.style / "0.png"), "--out", str(tmp_path / "out.png")]
+        content = ["--content", str(folders.content / "0.png"), "--device", "cpu"]
+        assert cli.main(["stylize", "--checkpoint", str(recipe), *content, *flags]) == 1
+        assert one_line(capsys).startswith("out of memory: 1 picture of 60x50 px in float32 on cpu")
+
     def test_a_picture_that_goes_bad_under_strict(
         self,
         folders: Pictures,
@@ -298,7 +335,7 @@ class TestHelp:
         for arguments in ([], ["--help"]):
             assert cli.main(arguments) == 0
             said = capsys.readouterr().out
-            assert all(f"  {command} " in said for command in ("train", "stylize", "env"))
+            assert all(f"  {command} " in said for command in ("train", "stylize", "export", "env"))
 
     def test_train(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "--help"]) == 0

@@ -23,11 +23,12 @@ from fastgan.inference import keep_color, load_recipe, pretrained_checkpoint, st
 from fastgan.metrics import gram_distance
 from fastgan.models.features import RandomFeatures
 from fastgan.recipes import Recipe
+from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.training import Trainer, preset_config
 from fastgan.training.config import Output, Pictures
 from pictures import write_pictures
-from tiny import save_tiny_recipe, tiny_style_transfer
+from tiny import save_tiny_recipe, tiny_config, tiny_style_transfer
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,21 @@ def test_a_pillow_image_is_turned_upright(recipe: StyleTransfer) -> None:
     assert stylize(image, stripes(), checkpoint=recipe).size == (20, 30)
 
 
+def test_a_picture_of_another_domain(tmp_path: Path) -> None:
+    translator = CycleGAN(tiny_config(CycleGAN)).eval()
+    path = save_tiny_recipe(translator, tmp_path)
+    content = noise(21, 30)[None]
+    with torch.no_grad():
+        expected = translator.stylize(content, direction="BtoA")
+    result = stylize(content, checkpoint=path, direction="BtoA", device="cpu")
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    coloured = stylize(content, checkpoint=path, direction="BtoA", device="cpu", keep_color=True)
+    torch.testing.assert_close(coloured, keep_color(expected, content), rtol=0, atol=1e-5)
+    for wrong in ({}, {"direction": "BtoA", "style": stripes()}):
+        with pytest.raises(ValueError, match="direction"):
+            stylize(content, checkpoint=path, **wrong)
+
+
 def test_max_side_reduces_first(recipe: StyleTransfer, tmp_path: Path) -> None:
     path = write(tmp_path / "in.png", 30, 64)
     small = stylize(path, stripes(24), checkpoint=recipe, max_side=32)
@@ -445,6 +461,8 @@ def test_unreadable_pictures_of_a_style_folder_are_skipped(
     expected = stylize(content, good, checkpoint=recipe)
     assert torch.equal(stylize(content, tmp_path / "styles", checkpoint=recipe), expected)
     assert "b.png: no picture" in caplog.text
+    with pytest.raises(ImageError, match=r"b\.png: no picture"):
+        stylize(content, tmp_path / "styles", checkpoint=recipe, strict=True)
     good.write_text("no picture")
     with pytest.raises(ValueError, match="style: none of 2 files is a readable picture"):
         stylize(content, tmp_path / "styles", checkpoint=recipe)
