@@ -16,7 +16,17 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from fastgan.images import ImageError, find_images, load_image, save_image, to_float, to_uint8
+from fastgan.images import (
+    ImageError,
+    find_images,
+    from_pil,
+    image_size,
+    load_image,
+    save_image,
+    to_float,
+    to_pil,
+    to_uint8,
+)
 
 
 def gradient(height: int = 5, width: int = 7) -> np.ndarray:
@@ -145,6 +155,38 @@ def test_exif_orientation(tmp_path: Path, orientation: int, extension: str) -> N
     options = {"lossless": True} if extension == "webp" else {}
     path = write(tmp_path / f"a.{extension}", np.ascontiguousarray(stored), exif=exif, **options)
     np.testing.assert_array_equal(hwc(path), upright)
+
+
+def test_the_stated_size_is_that_before_turning(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = write(tmp_path / "a.jpg", gradient(5, 7), exif=exif)
+    assert image_size(path) == (5, 7)
+    assert load_image(path).shape == (3, 7, 5)
+    path.with_name("b.jpg").write_text("no picture")
+    with pytest.raises(ImageError, match=r"b\.jpg: no picture"):
+        image_size(path.with_name("b.jpg"))
+    with pytest.raises(ImageError, match=r"absent\.jpg: No such file"):
+        image_size(tmp_path / "absent.jpg")
+
+
+def test_pillow_images_are_read_like_files(tmp_path: Path) -> None:
+    grey = Image.fromarray(gradient()[..., 0])
+    grey.getexif()[ExifTags.Base.Orientation] = 3
+    turned = from_pil(grey)
+    assert turned.dtype == torch.uint8
+    assert torch.equal(turned, torch.from_numpy(gradient()[::-1, ::-1, 0].copy()).expand(3, -1, -1))
+    for image in (Image.fromarray(gradient()), Image.fromarray(gradient()).convert("RGBA")):
+        path = write(tmp_path / "a.png", image)
+        assert torch.equal(from_pil(image), load_image(path))
+
+
+def test_tensors_become_pillow_images() -> None:
+    pixels = torch.from_numpy(gradient()).permute(2, 0, 1)
+    for picture in (pixels, to_float(pixels)):
+        image = to_pil(picture)
+        assert (image.mode, image.size) == ("RGB", (7, 5))
+        np.testing.assert_array_equal(np.asarray(image), gradient())
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
