@@ -288,9 +288,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
             f"style_weights must be one number per style, {count} here, got {len(given)}"
         )
     if given and not (all(0 <= weight < math.inf for weight in given) and sum(given) > 0):
-        raise ValueError(
-            f"style_weights must be finite, not negative and not all 0, got {list(weights or [])}"
-        )
+        raise ValueError(f"style_weights must be finite, not negative and not all 0, got {given}")
     return [weight / sum(given) for weight in given]
 
 
@@ -366,7 +364,9 @@ def _load(picture: Picture, max_side: int | None) -> Tensor:
     if size == (height, width):
         return tensor
     batch = tensor if tensor.ndim == 4 else tensor[None]
-    smaller = F.interpolate(batch, size, mode="bilinear", antialias=True)
+    floats = batch.float() if batch.dtype == torch.uint8 else widen(batch)  # for every device
+    smaller = F.interpolate(floats, size, mode="bilinear", antialias=True)
+    smaller = (smaller.round() if batch.dtype == torch.uint8 else smaller).to(batch.dtype)
     return smaller if tensor.ndim == 4 else smaller[0]
 
 

@@ -305,6 +305,9 @@ def test_max_side_reduces_first(recipe: StyleTransfer, tmp_path: Path) -> None:
         reduced = image.resize((32, 15), Image.Resampling.BILINEAR)
     expected = stylize(reduced, stripes(24), checkpoint=recipe)
     assert (from_pil(small).float() - from_pil(expected).float()).abs().mean() < 2
+    for picture in (load_image(path), to_float(load_image(path))[None].half()):
+        reduced = stylize(picture, stripes(24), checkpoint=recipe, max_side=32)
+        assert (reduced.dtype, reduced.shape[-2:]) == (picture.dtype, (15, 32))
     assert stylize(path, stripes(), checkpoint=recipe, max_side=64).size == (64, 30)
     wide = write(tmp_path / "wide.png", 1, 90)
     assert stylize(wide, stripes(), checkpoint=recipe, max_side=9).size == (9, 1)
