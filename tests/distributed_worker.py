@@ -6,6 +6,8 @@ Run as ``torchrun ... distributed_worker.py DATA OUT ONE``, where ONE is what on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -100,17 +102,31 @@ def main() -> None:
             train(name, data, out / "graph")
     with pytest.raises(ValueError) as refused:
         train("unit", data, one, resume=True, steps=STEPS + 1)
-    (out / f"refused-{rank}.txt").write_text(str(refused.value))
-    fault = preset_config(Dummy, None, pictures_of(Dummy, data), Output(out / "fault", log_every=4))
-    fault = dataclasses.replace(
-        fault,
-        recipe=dataclasses.replace(fault.recipe, fault="loss"),
-        training=dataclasses.replace(fault.training, steps=20, device="cpu"),
-    )
     with pytest.raises(TrainingError) as ended:
-        Trainer(Dummy, fault).train()
-    (out / f"fault-{rank}.txt").write_text(str(ended.value))
+        train_dummy(data, out / "loss", "loss", "fp32")
+    train_dummy(data, out / "sound", "none", "fp16")
+    weights = train_dummy(data, out / "gradient", "gradient", "fp16")
+    found = {"refused": str(refused.value), "fault": str(ended.value), "weights": weights}
+    (out / f"{rank}.json").write_text(json.dumps(found))
     leave_world()
+
+
+def train_dummy(data: Path, out: Path, fault: str, precision: Any) -> str:
+    """With `fault` in the process that the environment means; a digest of its weights."""
+    config = preset_config(Dummy, None, pictures_of(Dummy, data), Output(out, log_every=4))
+    trainer = Trainer(
+        Dummy,
+        dataclasses.replace(
+            config,
+            recipe=dataclasses.replace(config.recipe, fault=fault),
+            training=dataclasses.replace(
+                config.training, steps=10, device="cpu", precision=precision
+            ),
+        ),
+    )
+    trainer.train()
+    state = trainer.recipe.generator.state_dict()
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
 
 
 if __name__ == "__main__":

@@ -160,8 +160,12 @@ RECIPES[Dummy.name] = Dummy
 
 
 def _signal_in(step: int) -> None:
-    """The signal that the environment asks for in this step, sent to this process."""
-    if step == int(os.environ.get("SIGNAL_STEP", "-1")) and _meant("SIGNAL_RANK"):
+    """The signal that the environment asks for in this step, sent to this process.
+
+    Not again to a process that torchrun has started in place of a killed one.
+    """
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and step == int(os.environ.get("SIGNAL_STEP", "-1")) and _meant("SIGNAL_RANK"):
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 

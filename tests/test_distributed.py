@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,23 +30,21 @@ from fastgan.training.engine import phase_parameters
 from pictures import write_folders
 from test_resume import assert_same_training
 
-pytestmark = pytest.mark.slow
-
 every_recipe = pytest.mark.parametrize("recipe", CONFIGS)
 
 RTOL = 1e-9
 
 
 def torchrun(
-    script: str, *arguments: object, processes: int = 2, **environment: object
+    script: str, *arguments: object, options: Sequence[str] = (), **environment: object
 ) -> subprocess.CompletedProcess[str]:
-    """The script of this folder in `processes` processes on the CPU."""
+    """A script of this folder in two processes."""
     tests = Path(__file__).parent
     paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", str(tests / script), *map(str, arguments)),
+            *("--nproc_per_node=2", *options, str(tests / script), *map(str, arguments)),
         ],
         env={
             **os.environ,
@@ -142,11 +140,13 @@ def assert_equal_training(ours: Path, theirs: Path) -> None:
             )
 
 
+@pytest.mark.slow
 @every_recipe
 def test_two_processes_equal_one_with_twice_the_batch(recipe: str, two: Path, one: Path) -> None:
     assert_equal_training(two / "whole" / recipe, one / recipe)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_two_passes_equal_one_with_twice_the_batch(
     recipe: str, data: Path, one: Path, tmp_path: Path
@@ -155,6 +155,7 @@ def test_two_passes_equal_one_with_twice_the_batch(
     assert_equal_training(tmp_path / recipe, one / recipe)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_two_processes_resume_to_the_bit(recipe: str, two: Path) -> None:
     assert [path.stem[-1] for path in RunFolder(two / "parts" / recipe).checkpoints()] == [
@@ -164,16 +165,19 @@ def test_two_processes_resume_to_the_bit(recipe: str, two: Path) -> None:
     assert_same_training(two / "parts" / recipe, two / "whole" / recipe)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_pieces_of_a_step_in_graphs(recipe: str, two: Path) -> None:
     assert_same_training(two / "graph" / recipe, two / "whole" / recipe)
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_writes(two: Path) -> None:
     assert (two / "whole").exists()
     assert not (two / "of-another").exists()
 
 
+@pytest.mark.slow
 def test_each_process_has_random_numbers_and_a_pool_of_its_own(two: Path) -> None:
     state = checkpoint.load(two / "whole" / "cyclegan" / "latest.safetensors")
     (other,) = state["other_processes"]
@@ -184,14 +188,33 @@ def test_each_process_has_random_numbers_and_a_pool_of_its_own(two: Path) -> Non
     assert others_pool[:STEPS].flatten(1).any(1).all()
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(data: Path, two: Path, one: Path) -> None:
     with pytest.raises(ValueError, match=r"was trained by 2 processes and cannot be resumed by 1:"):
         train("unit", data, two / "whole", resume=True, steps=STEPS + 1)
     for rank in range(2):
-        reason = (two / f"refused-{rank}.txt").read_text()
+        reason = found_by(rank, two)["refused"]
         assert "was trained by 1 process and cannot be resumed by 2: " in reason
 
 
+def found_by(rank: int, two: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((two / f"{rank}.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_a_gradient_not_finite_in_one_process_is_skipped_by_all(two: Path) -> None:
+    scales, updates = [], []
+    for run in ("sound", "gradient"):
+        state = checkpoint.load(two / run / "latest.safetensors")
+        scales.append(state["scaler"]["scale"])
+        updates.append(float(state["optimizers"]["generator"]["generator.0.weight"]["step"]))
+    assert scales[1] == scales[0] / 2
+    assert updates[1] == updates[0] - 1
+    assert found_by(0, two)["weights"] == found_by(1, two)["weights"]
+
+
+@pytest.mark.slow
 def test_a_loss_not_finite_in_one_process_stops_all(data: Path, two: Path) -> None:
     stream = PictureStream(
         {domain: data / domain for domain in Dummy.domains},
@@ -202,7 +225,7 @@ def test_a_loss_not_finite_in_one_process_stops_all(data: Path, two: Path) -> No
     )
     pictures = ", ".join(map(str, stream.batch(5).paths))
     for rank in range(2):
-        assert (two / f"fault-{rank}.txt").read_text() == (
+        assert found_by(rank, two)["fault"] == (
             f"step 6: the loss generator/content is not finite; pictures: {pictures}; "
             "last good checkpoint: none"
         )
@@ -217,27 +240,32 @@ def dummy_flags(data: Path) -> list[object]:
     return ["dummy", *own, "--steps", 12, "--checkpoint-every", 3, "--workers", 0]
 
 
-def test_a_killed_process_ends_the_others(dummy_flags: list[object], tmp_path: Path) -> None:
-    """Those say so themselves, which they could not if they had waited for torchrun's SIGKILL."""
-    flags = ["train", *dummy_flags, "--out", tmp_path / "killed"]
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_all_resume(
+    dummy_flags: list[object], tmp_path: Path
+) -> None:
+    """Those say so themselves, which they could not if they had waited for torchrun's SIGKILL.
+
+    torchrun starts them all again, with the same flags.
+    """
     killed = {"SIGNAL_STEP": 7, "SIGNAL": int(signal.SIGKILL), "SIGNAL_RANK": 0}
-    ended = torchrun("dummy_recipe.py", *flags, **killed)
-    assert ended.returncode == 1  # torchrun's own, whatever the processes' are
-    saved = RunFolder(tmp_path / "killed").newest()
-    assert saved is not None
-    assert saved.stem == "step_00000006"
-    assert said(ended)[-1] == (
+    flags = ["train", *dummy_flags, "--out", tmp_path / "killed", "--resume"]
+    ended = torchrun("dummy_recipe.py", *flags, options=["--max-restarts=1"], **killed)
+    assert ended.returncode == 0, ended.stderr
+    saved = RunFolder(tmp_path / "killed").checkpoint(6)
+    lines = said(ended)
+    message = lines.index(
         "fastgan: rank 0 of 2 processes ended without a word, as when killed; last good "
         f"checkpoint: {saved}, --resume goes on from there"
     )
-    whole = ["train", *dummy_flags, "--out", tmp_path / "whole"]
-    for run in ([*flags, "--resume"], whole):
-        ended = torchrun("dummy_recipe.py", *run)
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("12 steps: ") == 1
+    assert lines[message + 1] == f"fastgan: resumed from {saved}"
+    whole = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("12 steps: ") == 1
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_one_step(
     dummy_flags: list[object], tmp_path: Path
 ) -> None:
@@ -250,18 +278,33 @@ def test_a_signal_to_one_process_stops_all_after_one_step(
     assert checkpoint.load(tmp_path / "latest.safetensors")["step"] == 8
 
 
+@pytest.mark.slow
 def test_memory_exhausted_in_one_process_ends_all(
     dummy_flags: list[object], tmp_path: Path
 ) -> None:
     flags = [*dummy_flags, "--out", tmp_path, "--fault", "memory"]
     ended = torchrun("dummy_recipe.py", "train", *flags, FAULT_RANK=1)
-    assert ended.returncode == 1
+    assert ended.returncode == 1  # torchrun's own, whatever the processes' are
     assert ended.stderr.count("Traceback") == 1  # torchrun's
     (line,) = (line for line in said(ended) if "out of memory" in line)
     assert "--accumulate" in line
     assert "--activation-checkpointing" in line
     assert said(ended)[-1] == line
     assert RunFolder(tmp_path).checkpoints()[-1].stem == "step_00000003"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_in_graphs(data: Path, tmp_path: Path) -> None:
+    pictures = ["--content", data / "content", "--style", data / "style", "--workers", 0]
+    for engine in ("eager", "graph"):
+        ended = torchrun(
+            *("dummy_recipe.py", "train", "dummy", *pictures, "--out", tmp_path / engine),
+            *("--steps", 12, "--deterministic", "--engine", engine),
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "using eager" not in ended.stderr
+    assert_same_training(tmp_path / "graph", tmp_path / "eager")
 
 
 # --- The page about it --------------------------------------------------------------------------
@@ -306,10 +349,11 @@ def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "choose_device", torch.device)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert own_device(None) == own_device("cuda") == torch.device("cuda", rank)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"3 processes here, .* GPUs for 2: --nproc_per_node=2"):
+    with pytest.raises(
+        ValueError, match=r"process 2 of .* which has 2: torchrun --nproc_per_node=2"
+    ):
         own_device(None)

@@ -207,7 +207,7 @@ def join_world(device: torch.device) -> World:
             world_size=_size(),
             timeout=_TIMEOUT,
         )
-    return World(dist.get_rank(), dist.get_world_size(), PrefixStore("fastgan", _store()))
+    return World(dist.get_rank(), dist.get_world_size(), _store())
 
 
 def leave_world() -> None:
@@ -236,11 +236,11 @@ def own_device(requested: str | None) -> torch.device:
             f"got {requested!r}"
         )
     if kind == "cuda" and torch.cuda.is_available():
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(
-                f"device: torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, "
-                f"and there are GPUs for {gpus}: --nproc_per_node={gpus}"
+                f"device: no GPU is left for process {local} of this machine, which has {gpus}: "
+                f"torchrun --nproc_per_node={gpus}"
             )
         kind = f"cuda:{local}"
     return choose_device(kind)
@@ -254,7 +254,7 @@ def say_once(message: str, say: Callable[[str], None]) -> None:
     if _size() == 1:
         say(message)
         return
-    key = f"fastgan/said/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
     try:
         first = _store().add(key, 1) == 1
         if not first:
@@ -273,9 +273,12 @@ def _size() -> int:
 
 @functools.cache
 def _store() -> Store:
-    """What all processes can write to and read from, kept by torchrun."""
+    """What all processes can write to and read from, kept by torchrun.
+
+    It outlives processes that torchrun starts anew, who must not find the addresses of the dead.
+    """
     store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-    return store
+    return PrefixStore(f"fastgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _to_tensor(data: bytes) -> Tensor:
@@ -287,5 +290,9 @@ def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # Not every error here is one of the exchange: PyTorch raises where it happens to be when
+        # one of the processes that read pictures dies.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise LostContact(f"the processes lost contact ({reason})") from error

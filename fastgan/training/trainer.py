@@ -188,9 +188,11 @@ class Trainer:
         self._stop_if_weights_not_finite()
         path = self.folder.checkpoint(self.step)
         rng = rng_state(self._device)
-        others = self._world.gather(
-            checkpoint.dumps({"rng": rng, "training_state": dict(self.recipe.training_state())})
-        )[1:]
+        own = b""  # of the first process, which has no need to pack its own
+        if not self._first:
+            training_state = dict(self.recipe.training_state())
+            own = checkpoint.dumps({"rng": rng, "training_state": training_state})
+        others = self._world.gather(own)[1:]
         if self._first:
             state = {
                 "fastgan": fastgan.__version__,
@@ -380,7 +382,7 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         state = checkpoint.load(path)
         before = training_config(state, type(self.recipe), path)
-        others = state["other_processes"]
+        others = state.get("other_processes", [])  # older ones knew of none
         if len(others) + 1 != self._world.size:
             raise ValueError(
                 f"resume: {path} was trained by {_processes(len(others) + 1)} and cannot be "
