@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +94,7 @@ def _train_here(arguments: list[str]) -> int:
     from fastgan.recipes import RECIPES, recipe_class
     from fastgan.training import Trainer
     from fastgan.training.config import TrainConfig
-    from fastgan.training.distributed import launched_rank, leave_world
+    from fastgan.training.distributed import first_speaks, launched_rank, leave_world
 
     if not arguments or arguments[0] in ("-h", "--help"):
         names = ", ".join(name.replace("_", "-") for name in RECIPES)
@@ -107,7 +106,7 @@ def _train_here(arguments: list[str]) -> int:
     name, *flags = arguments
     first = launched_rank() == 0
     _log_to_stderr(logging.INFO if first else logging.ERROR)
-    with _argument_errors(), contextlib.nullcontext() if first else _muted():
+    with _argument_errors(), first_speaks():
         recipe = recipe_class(name)
         config = tyro.cli(
             TrainConfig,
@@ -365,14 +364,6 @@ def _training_errors() -> Iterator[None]:
 
 def _first_line(thing: Any) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Another process says the same."""
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def _log_to_stderr(level: int = logging.INFO) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,22 +42,29 @@ def torchrun(
     """A script of this folder in two processes."""
     tests = Path(__file__).parent
     paths = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", *options, str(tests / script), *map(str, arguments)),
-        ],
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(*options, str(tests / script), *map(str, arguments)),
+    ]
+    process = subprocess.Popen(
+        command,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": "1",
             **{name: str(value) for name, value in environment.items()},
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
+    try:
+        output, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends what it has started
+        process.communicate(timeout=60)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def said(process: subprocess.CompletedProcess[str]) -> list[str]:
@@ -78,9 +86,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         folder = root / f"distributed-{name}"
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
+            done = folder.with_suffix(".done")
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
                 folder.mkdir()
                 work(folder)
+                done.touch()
         return folder
 
     return fill

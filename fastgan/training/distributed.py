@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -265,6 +266,27 @@ def say_once(message: str, say: Callable[[str], None]) -> None:
         say(message)
         with contextlib.suppress(RuntimeError):
             _store().set(f"{key}/done", "")
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """What is printed here the first process prints, and what ends it here ends it first."""
+    if _size() == 1:
+        yield
+    elif launched_rank() == 0:
+        try:
+            yield
+        finally:
+            _store().set("spoken", "")
+    else:
+        nowhere = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+        except SystemExit:
+            with contextlib.suppress(RuntimeError):
+                _store().wait(["spoken"], datetime.timedelta(seconds=_LAST_WORDS))
+            raise
 
 
 def _size() -> int:

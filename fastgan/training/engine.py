@@ -128,12 +128,12 @@ class EagerEngine:
         batches = self._micro_batches(batch)
         scratches: list[Any] = [None] * len(batches)
         for phase in self.recipe.phases:
-            names, own = self._backward(phase, batches, scratches)
-            losses = own
+            names, losses = self._backward(phase, batches, scratches)
+            own = None
             if self.world.size > 1:
-                exchange = self._exchange(phase, own)
-                yield exchange.pack(own)
-                losses = exchange.unpack()
+                exchange = self._exchange(phase, losses)
+                yield exchange.pack(losses)
+                own, losses = losses, exchange.unpack()
             self.ledger.record_losses(phase, names, losses, own)
             self.scaler.step(self.optimizers[phase])
             self.optimizers[phase].zero_grad(set_to_none=True)

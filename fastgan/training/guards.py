@@ -79,8 +79,10 @@ class LossLedger:
         watched = self._losses[phase]
         watched.sums += losses
         watched.last.copy_(torch.where(self.tripped > 0, watched.last, losses))
-        own = losses if own is None else own
-        watched.own.copy_(torch.where(self.tripped > 0, watched.own, own))
+        if own is not None:
+            if watched.own is None:
+                watched.own = torch.zeros_like(own)
+            watched.own.copy_(torch.where(self.tripped > 0, watched.own, own))
         finite = losses.sum() * 0 == 0
         watched.streak.add_(1).masked_fill_(finite, 0)
         self.tripped.copy_(torch.maximum(self.tripped, watched.streak > self._patience))
@@ -131,9 +133,11 @@ class LossLedger:
 
     def is_culprit(self) -> bool:
         """Whether it was a loss of this process that tripped. Waits for the device."""
-        return any(
-            not math.isfinite(sum(watched.own.tolist())) for watched in self._losses.values()
-        )
+        own = [
+            watched.last if watched.own is None else watched.own
+            for watched in self._losses.values()
+        ]
+        return not math.isfinite(sum(losses.sum().item() for losses in own))
 
 
 class _Watched:
@@ -143,7 +147,7 @@ class _Watched:
         self.names = names
         self.sums = torch.zeros_like(values)
         self.last = torch.zeros_like(values)  # of the step that tripped, once one did
-        self.own = torch.zeros_like(values)  # of it, and of this process alone
+        self.own: Tensor | None = None  # of it in this process, where there are several
         self.streak = torch.zeros_like(values[0], dtype=torch.int64)  # steps not finite, in a row
 
 
