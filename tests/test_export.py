@@ -22,10 +22,6 @@ from fastgan.recipes.two_domains import TwoDomainRecipe
 from fastgan.recipes.unit import UNIT
 from tiny import save_tiny_recipe, tiny_config, tiny_style_transfer
 
-onnx = pytest.importorskip("onnx", reason="needs the extra [export]")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra [export]")
-pytest.importorskip("onnxscript", reason="needs the extra [export]")
-
 FORMATS = ("onnx", "torch-export")
 ALLOWED = 1e-3
 Run = Callable[..., Tensor]
@@ -35,7 +31,7 @@ def runner(path: Path) -> Run:
     """The exported function, in the runtime that its file is for."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     names = [given.name for given in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
@@ -45,7 +41,19 @@ def runner(path: Path) -> Run:
     return run
 
 
+def session_of(path: Path) -> Any:
+    return needs("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def needs(module: str) -> Any:
+    return pytest.importorskip(module, reason="needs the extra [export]")
+
+
 def ending(format: str) -> str:
+    """Of a file in a format that this installation can write."""
+    if format == "onnx":
+        needs("onnx")
+        needs("onnxscript")
     return {"onnx": ".onnx", "torch-export": ".pt2"}[format]
 
 
@@ -117,7 +125,7 @@ class TestStyleTransfer:
             torch.export.load(exported, extra_files=found)
             assert found == expected
             return
-        session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+        session = session_of(exported)
         assert {given.name: given.shape for given in session.get_inputs()} == {
             "content": ["batch", 3, "height", "width"],
             "style": ["style_batch", 3, "style_height", "style_width"],
@@ -126,7 +134,7 @@ class TestStyleTransfer:
         (image,) = session.get_outputs()
         assert (image.name, image.shape) == ("image", ["batch", 3, "height", "width"])
         assert session.get_modelmeta().custom_metadata_map == expected
-        onnx.checker.check_model(str(exported), full_check=True)
+        needs("onnx").checker.check_model(str(exported), full_check=True)
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -223,6 +231,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("module", ["onnx", "onnxscript"])
     def test_missing_extra(self, checkpoint: Path, tmp_path: Path, module: str) -> None:
+        needs("onnx")
         code = (
             "import sys\n"
             f"sys.modules[{module!r}] = None\n"
