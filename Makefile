@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves, on a machine with Python >= 3.10 and
+# `make demo` and `make test` set everything up by themselves, on a machine with Python >= 3.11 and
 # a C++ compiler. The gpu- targets use the Python that is already there, with its torch and Triton.
 
 SYSTEM_PYTHON ?= python3

@@ -62,7 +62,7 @@ def environment(device: torch.device) -> Record:
         "commit": _commit(),
         "sources": source_digest(),
         "load_average": round(os.getloadavg()[0], 1),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
