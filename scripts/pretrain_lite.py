@@ -45,34 +45,36 @@ class Stage:
     """Its last step."""
     size: int
     batch_size: int
+    ema_decay: float
     losses: StyleTransferRecipeConfig
 
 
-_COMMON = StyleTransferRecipeConfig(
+_PALETTES = StyleTransferRecipeConfig(
+    weight_adversarial=0.0,
     weight_identity=5.0,  # what makes the style encoder speak of hues, for many styles
     weight_statistics=2.0,
     beta1=0.9,
     lr_hold=2000,
     lr_decay=0.004,
 )
+_TEXTURES = dataclasses.replace(
+    _PALETTES,
+    weight_content=2.0,
+    weight_texture=1.0,
+    weight_adversarial=0.25,
+    weight_strength=5.0,
+    weight_variation=1.0,
+)
+_STRENGTH = dataclasses.replace(_TEXTURES, weight_strength=10.0)
+
 STAGES = (
     # Many styles per step and small crops: the palettes, which need steps more than pixels. An
     # adversary that does not know which style is wanted would only pull towards a common tint.
-    Stage(2000, size=64, batch_size=8, losses=dataclasses.replace(_COMMON, weight_adversarial=0.0)),
+    Stage(2000, size=64, batch_size=8, ema_decay=0.999, losses=_PALETTES),
     # Larger crops: cleaner textures, less of them, and a strength that acts evenly.
-    Stage(
-        3600,
-        size=128,
-        batch_size=4,
-        losses=dataclasses.replace(
-            _COMMON,
-            weight_content=2.0,
-            weight_texture=1.0,
-            weight_adversarial=0.25,
-            weight_strength=5.0,
-            weight_variation=1.0,
-        ),
-    ),
+    Stage(3061, size=128, batch_size=4, ema_decay=0.999, losses=_TEXTURES),
+    # The last steps, with an average that forgets the steps before them.
+    Stage(3360, size=128, batch_size=4, ema_decay=0.99, losses=_STRENGTH),
 )
 
 
@@ -107,7 +109,12 @@ def stage_config(stage: Stage, out: Path) -> TrainConfig:
     return dataclasses.replace(
         config,
         training=dataclasses.replace(
-            config.training, steps=stage.until, batch_size=stage.batch_size, seed=SEED, device="cpu"
+            config.training,
+            steps=stage.until,
+            batch_size=stage.batch_size,
+            ema_decay=stage.ema_decay,
+            seed=SEED,
+            device="cpu",
         ),
         augmentation=dataclasses.replace(config.augmentation, size=stage.size, jitter=0.2),
         recipe=stage.losses,
