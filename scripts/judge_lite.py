@@ -4,7 +4,7 @@
 
 Prints the table of ``fastgan/pretrained/README.md``: what is gone of the Gram distance to the
 style, in colour and of grey pictures (texture alone), and what is left of the photograph's
-structure.
+structure. Then the distance to the style at five strengths.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from fastgan.images import save_image, to_float
 from fastgan.inference import load_recipe
 from fastgan.metrics import gram_distance, structure_correlation
 from fastgan.models.features import RandomFeatures, grey
+from fastgan.recipes import Recipe
 
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 JUDGE_SEED = 1  # of the features that judge; training uses seed 0
 
 
@@ -50,13 +52,12 @@ def main() -> None:
     judge = RandomFeatures(seed=JUDGE_SEED)
     contents = {name: tensor(picture) for name, picture in held_out_photographs().items()}
     styles = {name: tensor(picture) for name, picture in held_out_styles().items()}
-    rows, table = [], []
+    rows, table, by_strength = [], [], {}
     for photo, content in contents.items():
         results = []
         for name, style in styles.items():
-            with torch.inference_mode():
-                result = recipe.stylize(content, style)
-                plain = recipe.stylize(content, style, alpha=0)
+            renderings = at_strengths(recipe, content, style)
+            plain, result = renderings[0], renderings[-1]
             results.append(result)
             in_colour = 1 - distance(result, style, judge) / distance(content, style, judge)
             texture = 1 - distance(grey(result), grey(style), judge) / distance(
@@ -66,15 +67,26 @@ def main() -> None:
             error = (plain - content).abs().mean().item() / 2
             table.append((in_colour, texture, structure, error))
             print(f"| {photo} | {name} | {in_colour:.2f} | {texture:.2f} | {structure:.2f} |")
+            by_strength[photo, name] = [
+                distance(rendering, style, judge) for rendering in renderings
+            ]
         rows.append(columns(content, list(styles.values()), results))
     names = ("colour", "texture", "structure", "error at alpha 0")
     for name, values in zip(names, zip(*table, strict=True), strict=True):
-        print(f"{name}: median {statistics.median(values):.3f}, worst {min(values):.3f}")
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"{name}: {low:.3f} to {high:.3f}, median {middle:.3f}")
+    for (photo, name), distances in by_strength.items():
+        print(photo, name, "at", *STRENGTHS, ":", *(f"{value:.3f}" for value in distances))
     if flags.grid:
         width = rows[0].shape[3]
         save_image(
             torch.cat([TF.resize(row, [row.shape[2], width]) for row in rows], 2)[0], flags.grid
         )
+
+
+def at_strengths(recipe: Recipe, content: Tensor, style: Tensor) -> list[Tensor]:
+    with torch.inference_mode():
+        return [recipe.stylize(content, style, alpha=alpha) for alpha in STRENGTHS]
 
 
 def distance(images: Tensor, styles: Tensor, judge: RandomFeatures) -> float:

@@ -1,16 +1,24 @@
 """The checkpoint that comes with the package, on a photograph and styles it has not seen."""
 
+import itertools
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 pytest.importorskip("skimage", reason="the pictures come with scikit-image")
 
+from judge_lite import JUDGE_SEED, STRENGTHS, held_out_photographs, held_out_styles, tensor
 from pretrain_lite import strip
 
 from fastgan import checkpoint
-from fastgan.inference import load_recipe
+from fastgan.inference import load_recipe, pretrained_checkpoint, stylize
+from fastgan.metrics import gram_distance, structure_correlation
+from fastgan.models.features import RandomFeatures
+from fastgan.recipes import Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.recipes.style_transfer import StyleTransfer, StyleTransferRecipeConfig
 
@@ -59,3 +67,97 @@ def test_a_part_of_the_generator_must_not_be_missing(run: Path, tmp_path: Path):
     checkpoint.save(tmp_path / "less.safetensors", state)
     with pytest.raises(ValueError, match=name):
         load_recipe(tmp_path / "less.safetensors")
+
+
+# --- The checkpoint that ships ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Recipe:
+    return load_recipe(pretrained_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Tensor:
+    return tensor(held_out_photographs()["chelsea"])
+
+
+@pytest.fixture(scope="module")
+def styles() -> dict[str, Tensor]:
+    return {name: tensor(picture) for name, picture in held_out_styles().items()}
+
+
+@pytest.fixture(scope="module")
+def results(model: Recipe, photograph: Tensor, styles: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of full strength."""
+    return {name: stylize(photograph, style, checkpoint=model) for name, style in styles.items()}
+
+
+JUDGE = RandomFeatures(seed=JUDGE_SEED)
+
+
+def distance(image: Tensor, style: Tensor) -> float:
+    return gram_distance(image, style, JUDGE).item()
+
+
+def test_file_is_small_and_holds_16_bits():
+    path = pretrained_checkpoint()
+    assert path.stat().st_size <= 3e6
+    state = checkpoint.load(path)
+    assert state["recipe"] == "style_transfer"
+    assert {value.dtype for value in state["average"].values()} == {torch.float16}
+
+
+def test_no_checkpoint_need_be_named():
+    cat = held_out_photographs()["chelsea"].crop((100, 50, 221, 137))
+    result = stylize(cat, held_out_styles()["ink"])
+    assert isinstance(result, Image.Image)
+    assert result.size == cat.size
+
+
+def test_photograph_comes_nearer_to_every_style(
+    photograph: Tensor, styles: dict[str, Tensor], results: dict[str, Tensor]
+):
+    drops = [
+        1 - distance(results[name], style) / distance(photograph, style)
+        for name, style in styles.items()
+    ]
+    assert min(drops) > 0.5  # 0.63 when it was made
+    assert statistics.median(drops) > 0.6  # 0.71
+
+
+def test_every_result_is_nearest_to_its_own_style(
+    styles: dict[str, Tensor], results: dict[str, Tensor]
+):
+    for name, style in styles.items():
+        nearest = min(results, key=lambda other: distance(results[other], style))
+        assert nearest == name
+
+
+def test_the_stronger_the_nearer(model: Recipe, styles: dict[str, Tensor]):
+    coffee = tensor(held_out_photographs()["coffee"].resize((300, 200)))
+    for name, style in styles.items():
+        by_alpha = [
+            distance(stylize(coffee, style, checkpoint=model, alpha=alpha), style)
+            for alpha in STRENGTHS
+        ]
+        assert by_alpha == sorted(by_alpha, reverse=True), name
+        assert by_alpha[-1] < 0.6 * by_alpha[0], name
+
+
+def test_photograph_stays_recognisable(photograph: Tensor, results: dict[str, Tensor]):
+    for name, result in results.items():
+        assert structure_correlation(result, photograph).item() > 0.75, name  # 0.85
+
+
+def test_strength_0_is_close_to_the_photograph(
+    model: Recipe, photograph: Tensor, styles: dict[str, Tensor]
+):
+    result = stylize(photograph, styles["night"], checkpoint=model, alpha=0)
+    assert (result - photograph).abs().mean() / 2 < 0.075  # of black to white; 0.052
+    assert structure_correlation(result, photograph).item() > 0.95
+
+
+def test_styles_differ(results: dict[str, Tensor]):
+    for a, b in itertools.combinations(results, 2):
+        assert (results[a] - results[b]).abs().mean() / 2 > 0.04, (a, b)
