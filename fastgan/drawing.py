@@ -1,8 +1,8 @@
 """Pictures drawn by rule, to serve as styles: brush strokes, glass, ink, mosaics, cloth and more.
 
-Each kind is a function of a random number generator, a palette (uint8-valued RGB [n,3], the darkest
-colour first unless the kind says otherwise) and a scale (1 is the usual size of its marks, 2 twice
-that). The same arguments give the same picture.
+Each kind is a function of a random number generator, a palette ([n,3], RGB from 0 to 255, from dark
+to light where a kind shades) and a scale (1 is the usual size of its marks, 2 twice that). The same
+arguments give the same picture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from skimage.filters import gaussian
 SIDE = 512
 """Height and width of every picture, in pixels."""
 
-Colour = tuple[int, ...]
 
 _NIGHT = np.array(
     [
@@ -313,5 +312,5 @@ def _blend(palette: np.ndarray, light: np.ndarray) -> np.ndarray:
     return palette[low] + (place - low)[..., None] * (palette[low + 1] - palette[low])
 
 
-def _shade(random: np.random.Generator, colour: np.ndarray, by: int = 14) -> Colour:
+def _shade(random: np.random.Generator, colour: np.ndarray, by: int = 14) -> tuple[int, ...]:
     return tuple(int(c) for c in np.clip(colour + random.integers(-by, by + 1, 3), 0, 255))
