@@ -77,6 +77,25 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.constexpr_function
+def _reads_shared_memory(BLOCK_C):
+    """Whether the tensor cores take both factors from shared memory, as those of sm_90 do."""
+    return cuda_capability_geq(9) and not cuda_capability_geq(12) and BLOCK_C >= 64
+
+
+# There TF32 has to lie with the summed axis contiguous. Copied straight into that order, global
+# memory is read 4 bytes at a time where another axis is contiguous in it; by way of registers it is
+# 16, and the numbers are rounded there, which the tensor cores would truncate.
+@triton.jit
+def _round_to_tf32(x):
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
 @triton.jit
 def _store_block(
     gram,  # [rows, columns] of the lower triangle
@@ -123,10 +142,12 @@ def _partial_tile(
 ):
     """One tile of F F^T over one share of the positions, or the WHOLE sum in its place."""
     TILES: tl.constexpr = _tiles(C, BLOCK_C)
-    # One tile in shared memory serves as both operands; channels_last is pipelined that way only
+    # One tile in shared memory serves as both factors; channels_last is pipelined that way only
     # where the tensor cores read both from there.
-    WGMMA: tl.constexpr = cuda_capability_geq(9) and not cuda_capability_geq(12) and BLOCK_C >= 64
-    SHARED: tl.constexpr = TILES == 1 and (WGMMA or not CHANNELS_LAST)
+    READS_SHARED: tl.constexpr = _reads_shared_memory(BLOCK_C)
+    SHARED: tl.constexpr = TILES == 1 and (READS_SHARED or not CHANNELS_LAST)
+    TF32: tl.constexpr = x.dtype.element_ty == tl.float32 and PRECISION == "tf32"
+    ROUND: tl.constexpr = TF32 and READS_SHARED and CHANNELS_LAST
     P, stride_c, stride_p = _axes(P, stride, CHANNELS_LAST, ALIGN)
     row, column = _triangle(program % TILES)
     split = program // TILES % splits
@@ -143,10 +164,14 @@ def _partial_tile(
     for begin in range(first, tl.minimum(first + run, P), BLOCK_P):
         in_image = begin + p < P
         lhs = tl.load(lhs_pointers, mask=(i < C)[:, None] & in_image[None, :], other=0)
+        if ROUND:
+            lhs = _round_to_tf32(lhs)
         if SHARED:
             rhs = lhs.T
         else:
             rhs = tl.load(rhs_pointers, mask=(j < C)[None, :] & in_image[:, None], other=0)
+            if ROUND:
+                rhs = _round_to_tf32(rhs)
         acc = _dot(lhs, rhs, acc, PRECISION)
         lhs_pointers += BLOCK_P * stride_p
         rhs_pointers += BLOCK_P * stride_p
@@ -254,6 +279,8 @@ def _bwd_tile(
 ):
     """One tile of row_scales * (factor F)."""
     ROWS: tl.constexpr = PADDED // BLOCK_C
+    TF32: tl.constexpr = x.dtype.element_ty == tl.float32 and PRECISION == "tf32"
+    ROUND: tl.constexpr = TF32 and _reads_shared_memory(BLOCK_C) and not CHANNELS_LAST
     blocks = tl.cdiv(P, BLOCK_P)
     _, grad_stride_c, grad_stride_p = _axes(P, grad_stride, GRAD_CHANNELS_LAST, ALIGN)
     P, stride_c, stride_p = _axes(P, stride, CHANNELS_LAST, ALIGN)
@@ -269,6 +296,8 @@ def _bwd_tile(
         lhs = tl.load(factor + i[:, None] * PADDED + k[None, :])
         pointers = x + k.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_p
         rhs = tl.load(pointers, mask=(k < C)[:, None] & (p < P)[None, :], other=0)
+        if ROUND:
+            rhs = _round_to_tf32(rhs)
         acc = _dot(lhs, rhs, acc, PRECISION)
     acc *= tl.load(row_scales + b * PADDED + i)[:, None]
     pointers = i.to(tl.int64)[:, None] * grad_stride_c + p.to(tl.int64)[None, :] * grad_stride_p
@@ -509,7 +538,8 @@ class Plan(NamedTuple):
     partials: int  # elements
     factors: int
     row_scales: int
-    options: dict[str, int]  # of launches that multiply matrices
+    options: dict[str, int]  # of the first launch of the forward
+    bwd_options: dict[str, int]  # of the second launch of the backward
 
 
 def view(x: Tensor, strides: Walk) -> View:
@@ -523,15 +553,21 @@ def view(x: Tensor, strides: Walk) -> View:
 
 
 def tiling(channels: int, itemsize: int, align: int, precision: str) -> Tiling:
-    """Tiles of about 16 KB per operand; fewer positions where registers would run out."""
+    """Tiles of about 16 KB per operand; fewer positions where registers would run out.
+
+    Narrow copies take more registers: each has an address of its own.
+    """
     thirds = precision == "tf32x3"
     block_c = min(64 if thirds else 128, max(16, next_power_of_2(channels)))
     small = block_c <= 64
     block_p = 32 if thirds else (256 if small else 128) // itemsize
     bwd_block_p = 64 if thirds else (512 if small else 256) // itemsize
     bwd_block_k = min(block_c, 128 // itemsize)
-    if align * itemsize < (16 if thirds else 4):  # too narrow for asynchronous copies
-        block_p = 16 if thirds else 32
+    if align * itemsize < 16:
+        block_p //= 2
+        bwd_block_p //= 2
+    if align * itemsize < 4:  # too narrow for asynchronous copies
+        block_p = 32
         bwd_block_p = 64
         bwd_block_k = min(block_c, 32)
     finish_block = 16 if small else 32
@@ -569,6 +605,16 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
     )
     programs = [n * share for n, share in zip(tiles, shares, strict=True)]
     large = any(t.block_c == 128 for t in tilings)
+    # Three products for one take the registers of eight warps, unless copies are narrow.
+    wide = all(x.align * itemsize == 16 for x in views)
+    thirds = precision == "tf32x3" and wide and any(t.block_c == 64 for t in tilings)
+    options = {"num_warps": 8 if large or thirds else 4, "num_stages": 3 if large else 4}
+    if not (large and wide and all(t.padded == x.channels for x, t in layers)):
+        # ptxas puts values on the stack to run more programs at once. Shared memory limits that
+        # for small tiles; large ones have no value to spare, save at ragged edges.
+        options["maxnreg"] = 255
+    # Nor have they where numbers are rounded in registers.
+    bwd_options = options if itemsize == 2 else {**options, "maxnreg": 255}
     return Plan(
         views=View(*zip(*views, strict=True)),
         tiling=Tiling(*zip(*tilings, strict=True)),
@@ -584,10 +630,8 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
         partials=sum(n * t.block_c**2 for n, t in zip(programs, tilings, strict=True)),
         factors=sum(x.batch * t.padded**2 for x, t in layers),
         row_scales=sum(x.batch * t.padded for x, t in layers),
-        options={
-            "num_warps": 8 if large or precision == "tf32x3" else 4,
-            "num_stages": 3 if large else 4,
-        },
+        options=options,
+        bwd_options=bwd_options,
     )
 
 
@@ -650,8 +694,10 @@ def _gram_fwd(
     features, targets, scales, weights = columns
     features, p = _planned(features)
     losses = None if targets[0] is None else out.new_empty(p.finish_programs)
-    # With targets, registers for the difference would cost the first launch half its programs.
-    whole = losses is None and p.splits == (1,)
+    # With targets, registers for the difference would cost the first launch half its programs;
+    # with a large tile that channels do not fill, those for the masks would spill.
+    fills = p.tiling.block_c[0] < 128 or p.tiling.padded[0] == p.views.channels[0]
+    whole = losses is None and p.splits == (1,) and fills
     partials = out if whole else out.new_empty(p.partials)
     with on_device_of(out):
         gram_partial_kernel[(p.partial_programs,)](
@@ -688,6 +734,7 @@ def _gram_fwd(
             BLOCK_C=p.tiling.block_c,
             BLOCK=p.tiling.finish_block,
             CHUNK=p.tiling.finish_chunk,
+            maxnreg=255,  # rather than what lets more programs run at once: there are few
         )
     return losses
 
@@ -721,6 +768,7 @@ def gram_bwd(
             PADDED=p.tiling.padded,
             ROWS=SYMMETRIZED_ROWS,
             BLOCK=p.tiling.symmetrize_block,
+            maxnreg=255,  # as in the forward's last launch
         )
         gram_bwd_kernel[(p.bwd_programs,)](
             features,
@@ -742,7 +790,7 @@ def gram_bwd(
             GRAD_CHANNELS_LAST=out_views.channels_last,
             ALIGN=tuple(min(pair) for pair in zip(p.views.align, out_views.align, strict=True)),
             PRECISION=p.precision,
-            **p.options,
+            **p.bwd_options,
         )
     for grad, out in zip(grad_features, outs, strict=True):
         if out is not grad:
