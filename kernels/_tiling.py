@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels._common import cdiv, multiprocessors, next_power_of_2
+from fastgan.kernels._common import Walk, cdiv, multiprocessors, next_power_of_2
 
 # A kernel that reduces a plane and then writes it comes by the reduction in one of three ways:
 # RESIDENT holds the plane in registers, SWEEP passes over it twice, the second time backwards to
@@ -16,9 +16,12 @@ SWEEP = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
 
 # Elements of a tile. A plane of up to RESIDENT_TILE stays in registers, small ones share a program
-# of TILE. Kernels that loop over tiles of TILE keep accumulators for every element.
+# of TILE. Kernels that loop over tiles of TILE keep accumulators for every element. Where accesses
+# are not wide, each element takes an address of its own, and only half as many fit in registers.
+# Tiles below SMALLEST_TILE would save nothing and be more code to compile.
 TILE = 4096
 RESIDENT_TILE = 16384
+SMALLEST_TILE = 1024
 # A reduction is split until a multiprocessor has this many programs, which keeps enough reads in
 # flight, but not below MIN_RUN elements a program, nor at all where one would reduce few elements:
 # another launch costs more.
@@ -42,15 +45,26 @@ class Tiling(NamedTuple):
     chunks: int  # programs that write one plane
 
 
+def wide(x: Tensor, strides: Walk) -> bool:
+    """Whether every plane or pixel begins at 16 bytes, as far as a kernel is told."""
+    stride = strides.position if strides.channels_last else strides.channel
+    return x.data_ptr() % 16 == 0 and stride % 16 == 0 and strides.batch % 16 == 0
+
+
 def tile_shape(
-    channels_last: bool, planes: int, C: int, positions: int, itemsize: int
+    channels_last: bool, planes: int, C: int, positions: int, itemsize: int, tile: int
 ) -> tuple[int, int]:
     """Planes and positions of a tile: up to a 128-byte line of channels, or whole rows."""
     if channels_last:
         block_c = min(128 // itemsize, next_power_of_2(C))
-        return block_c, min(max(TILE // block_c, 1), next_power_of_2(positions))
-    block_p = min(TILE, next_power_of_2(positions))
-    return min(TILE // block_p, next_power_of_2(planes)), block_p
+        return block_c, _side(next_power_of_2(positions), block_c, tile)
+    block_p = min(tile, next_power_of_2(positions))
+    return _side(next_power_of_2(planes), block_p, tile), block_p
+
+
+def _side(wanted: int, other: int, tile: int) -> int:
+    """A side of a tile, brought within what the other side leaves of its bounds."""
+    return max(min(wanted, tile // other), SMALLEST_TILE // other, 1)
 
 
 def plane_blocks(channels_last: bool, B: int, C: int, block_c: int) -> int:
@@ -64,17 +78,18 @@ def warps(tile: int, per_thread: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def stats_tiling(
-    channels_last: bool, B: int, C: int, HW: int, itemsize: int, processors: int
+    channels_last: bool, B: int, C: int, HW: int, itemsize: int, wide: bool, processors: int
 ) -> Tiling:
     """One program per block of planes, or several where these would be few and large."""
-    block_c, block_p = tile_shape(channels_last, B * C, C, HW, itemsize)
+    tile, per_thread = (TILE, 16) if wide else (TILE // 2, 8)
+    block_c, block_p = tile_shape(channels_last, B * C, C, HW, itemsize, tile)
     blocks, work = plane_blocks(channels_last, B, C, block_c), HW * block_c
     splits = 1
     if blocks < PROGRAMS * processors and work > UNSPLIT_RUN:
         splits = min(cdiv(PROGRAMS * processors, blocks), cdiv(work, MIN_RUN), MAX_SPLITS)
     run = cdiv(cdiv(HW, splits), block_p) * block_p
     splits = cdiv(HW, run)
-    mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, 16)
+    mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, per_thread)
     return Tiling(mode.value, block_c, block_p, num_warps, blocks, run, splits, run, splits)
 
 
@@ -86,18 +101,22 @@ def norm_tiling(
     reduced: int,
     written: int,
     itemsize: int,
+    wide: bool,
     processors: int,
 ) -> Tiling:
     """For kernels that reduce and then write planes, whose sizes differ where they pad."""
     if reduced == written:  # a padded image is gathered, which registers cannot
         block_c, block_p = resident_shape(channels_last, B * C, C, reduced, itemsize)
-        if block_c * block_p <= RESIDENT_TILE:
+        if block_c * block_p <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
             blocks = plane_blocks(channels_last, B, C, block_c)
-            num_warps = warps(block_c * block_p, 32)
+            shared = block_c > 1 and block_c * block_p <= TILE  # each plane takes an address, too
+            num_warps = warps(block_c * block_p, 16 if shared or not wide else 32)
             return Tiling(
                 RESIDENT.value, block_c, block_p, num_warps, blocks, block_p, 1, block_p, 1
             )
-    tiling = stats_tiling(channels_last, B, C, reduced, itemsize, processors)
+    elif not channels_last:  # whose rows are read at an offset
+        wide = False
+    tiling = stats_tiling(channels_last, B, C, reduced, itemsize, wide, processors)
     block_c, block_p, blocks = tiling.block_c, tiling.block_p, tiling.blocks
     enough = processors if reduced <= RESIDENT_TILE else 2 * processors
     if blocks >= enough or tiling.splits == 1:
@@ -115,29 +134,49 @@ def resident_shape(
     """A tile of whole planes: rows, or channels in channels_last, at least a 32-byte sector."""
     block_p = next_power_of_2(positions)
     if not channels_last:
-        return min(max(TILE // block_p, 1), next_power_of_2(planes)), block_p
+        return _side(next_power_of_2(planes), block_p, TILE), block_p
     block_c = 128 // itemsize
     while block_c * block_p > RESIDENT_TILE // 2 and block_c * itemsize > 32:
         block_c //= 2
-    return min(block_c, next_power_of_2(C)), block_p
+    block_c = min(block_c, next_power_of_2(C))
+    return block_c, max(block_p, SMALLEST_TILE // block_c)
 
 
-def stats_tiling_of(x: Tensor, channels_last: bool) -> Tiling:
+def stats_tiling_of(x: Tensor, strides: Walk) -> Tiling:
     """Of a kernel that reduces planes of x."""
-    (B, C, *_), HW, processors = x.shape, x.shape[2:].numel(), multiprocessors(x.device)
-    return stats_tiling(channels_last, B, C, HW, x.element_size(), processors)
+    (B, C), HW, processors = x.shape[:2], x.shape[2:].numel(), multiprocessors(x.device)
+    return stats_tiling(
+        strides.channels_last, B, C, HW, x.element_size(), wide(x, strides), processors
+    )
 
 
-def norm_tiling_of(x: Tensor, y: Tensor, channels_last: bool) -> Tiling:
-    """Of a kernel that reduces planes of x and writes planes of y."""
-    (B, C, *_), processors = x.shape, multiprocessors(x.device)
-    reduced, written = x.shape[2:].numel(), y.shape[2:].numel()
-    return norm_tiling(channels_last, B, C, reduced, written, x.element_size(), processors)
+def norm_tiling_of(x: Tensor, strides: Walk, reduced: Tensor, written: Tensor) -> Tiling:
+    """Of a kernel that reads x so, reduces planes of one dense tensor and writes another's."""
+    (B, C), processors = x.shape[:2], multiprocessors(x.device)
+    sizes = [t.shape[2:].numel() for t in (reduced, written)]
+    rows = [C] if strides.channels_last else sizes
+    every_wide = (
+        wide(x, strides) and reduced.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in rows)
+    )
+    return norm_tiling(
+        strides.channels_last, B, C, *sizes, x.element_size(), every_wide, processors
+    )
 
 
-def map_tiling_of(out: Tensor, channels_last: bool) -> tuple[int, int, int, int]:
-    """Of a kernel that writes one tile per program: its shape, blocks of planes, and chunks."""
-    B, C = out.shape[:2]
-    positions = out.shape[2:].numel()
-    block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size())
-    return block_c, block_p, plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
+class MapTiling(NamedTuple):
+    """How the programs of a kernel that writes one tile each cover [B, C, positions]."""
+
+    block_c: int
+    block_p: int
+    num_warps: int
+    blocks: int  # programs that cover all planes
+    chunks: int  # programs that write one plane
+
+
+def map_tiling_of(out: Tensor, channels_last: bool, wide: bool) -> MapTiling:
+    """Of a kernel that writes out."""
+    (B, C), positions = out.shape[:2], out.shape[2:].numel()
+    tile, per_thread = (TILE, 8) if wide else (TILE // 2, 4)
+    block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size(), tile)
+    blocks, chunks = plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
+    return MapTiling(block_c, block_p, warps(block_c * block_p, per_thread), blocks, chunks)

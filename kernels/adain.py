@@ -80,7 +80,7 @@ def adain_fwd(
     if y.numel() == 0:
         return
     x, strides = readable(content)
-    tiling = norm_tiling_of(x, y, strides.channels_last)
+    tiling = norm_tiling_of(x, strides, x, y)
     dof = float(x.shape[2:].numel() - correction)
     if tiling.splits == 1:
         instance_stats_fwd(style, style_mean, style_std, eps, correction)
@@ -93,7 +93,7 @@ def adain_fwd(
     style, style_strides = readable(style)
     (B, C), HW = x.shape[:2], x.shape[2:].numel()
     style_planes, style_HW = len(style) * C, style.shape[2:].numel()
-    style_tiling = stats_tiling_of(style, style_strides.channels_last)
+    style_tiling = stats_tiling_of(style, style_strides)
     partials = rstd.new_empty(1 + 2 * tiling.splits, B * C)
     style_partials = rstd.new_empty(1 + 2 * style_tiling.splits, style_planes)
     programs = tiling.blocks * tiling.splits

@@ -378,7 +378,7 @@ def instance_norm_fwd(
     if y.numel() == 0:
         return
     x, strides = readable(x)
-    tiling = norm_tiling_of(x, y, strides.channels_last)
+    tiling = norm_tiling_of(x, strides, x, y)
     (B, C), HW, dof = x.shape[:2], x.shape[2:].numel(), float(x.shape[2:].numel() - correction)
     partials = None
     with on_device_of(x):
@@ -478,7 +478,7 @@ def instance_norm_bwd(
         reflection_pad2d_bwd(grad, folded, (pad,) * 4)
         grad, pad = folded, 0
     grad = dense(grad, strides.channels_last)
-    tiling = norm_tiling_of(grad, grad_x, strides.channels_last)
+    tiling = norm_tiling_of(x, strides, grad, grad_x)
     HW, planes = H * W, B * C
     weight, weight_stride = _by_image(weight)
     bias, bias_stride = _by_image(bias)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastgan.kernels._common import cdiv, next_power_of_2, on_device_of, readable, writable
 from fastgan.kernels._planes import begin_dense, begin_strided, plane_block, tile
-from fastgan.kernels._tiling import map_tiling_of, stats_tiling_of
+from fastgan.kernels._tiling import map_tiling_of, stats_tiling_of, wide
 
 # --- Moments ------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ def instance_stats_fwd(x: Tensor, mean: Tensor, std: Tensor, eps: float, correct
         return
     x, strides = readable(x)
     HW, planes, dof = x.shape[2:].numel(), B * C, float(x.shape[2:].numel() - correction)
-    tiling = stats_tiling_of(x, strides.channels_last)
+    tiling = stats_tiling_of(x, strides)
     split = tiling.splits > 1
     out = mean.new_empty(1 + 2 * tiling.splits, planes) if split else mean
     with on_device_of(x):
@@ -303,12 +303,12 @@ def instance_stats_bwd(
     x, strides = readable(x)
     out = writable(grad_x, strides.channels_last)
     HW = x.shape[2:].numel()
-    block_c, block_p, blocks, chunks = map_tiling_of(out, strides.channels_last)
+    tiling = map_tiling_of(out, strides.channels_last, wide(x, strides))
     with on_device_of(x):
-        instance_stats_bwd_kernel[(blocks * chunks,)](
-            x, out, grad_mean, grad_std, mean, std, B * C, copies, C, HW, chunks, *strides[1:],
-            float(HW - correction), CHANNELS_LAST=strides.channels_last, BLOCK_C=block_c,
-            BLOCK_P=block_p, num_warps=4,
+        instance_stats_bwd_kernel[(tiling.blocks * tiling.chunks,)](
+            x, out, grad_mean, grad_std, mean, std, B * C, copies, C, HW, tiling.chunks,
+            *strides[1:], float(HW - correction), CHANNELS_LAST=strides.channels_last,
+            BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
         )  # fmt: skip
     if out is not grad_x:
         grad_x.copy_(out)

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.kernels._common import dense, is_dense, on_device_of, readable, writable
+from fastgan.kernels._common import dense, is_dense, on_device_of, readable, walk, writable
 from fastgan.kernels._planes import begin_dense, begin_strided, plane_block, tile
-from fastgan.kernels._tiling import map_tiling_of, warps
+from fastgan.kernels._tiling import MapTiling, map_tiling_of, wide
 
 # --- Within other kernels -----------------------------------------------------------------------
 
@@ -160,15 +160,23 @@ def reflection_pad2d_fwd(x: Tensor, y: Tensor, padding: tuple[int, int, int, int
     x, strides = readable(x)
     out = writable(y, strides.channels_last)
     (B, C, H, W), left, top = x.shape, padding[0], padding[2]
-    block_c, block_p, blocks, chunks = map_tiling_of(out, strides.channels_last)
+    tiling = _tiling(x, out, strides.channels_last)
     with on_device_of(x):
-        reflection_pad2d_fwd_kernel[(blocks * chunks,)](
-            x, out, B * C, C, H, W, y.shape[3], y.shape[2:].numel(), left, top, chunks,
-            *strides[1:], CHANNELS_LAST=strides.channels_last, BLOCK_C=block_c, BLOCK_P=block_p,
-            num_warps=warps(block_c * block_p, 8),
+        reflection_pad2d_fwd_kernel[(tiling.blocks * tiling.chunks,)](
+            x, out, B * C, C, H, W, y.shape[3], y.shape[2:].numel(), left, top, tiling.chunks,
+            *strides[1:], CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c,
+            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
         )  # fmt: skip
     if out is not y:
         y.copy_(out)
+
+
+def _tiling(x: Tensor, out: Tensor, channels_last: bool) -> MapTiling:
+    """Of a kernel that gathers out from x: rows of NCHW at any offset, so never wide."""
+    strides = walk(x)
+    return map_tiling_of(
+        out, channels_last, channels_last and strides is not None and wide(x, strides)
+    )
 
 
 def reflection_pad2d_bwd(grad: Tensor, grad_x: Tensor, padding: tuple[int, int, int, int]) -> None:
@@ -178,12 +186,12 @@ def reflection_pad2d_bwd(grad: Tensor, grad_x: Tensor, padding: tuple[int, int, 
     channels_last = not is_dense(grad_x, False)
     grad, out = dense(grad, channels_last), writable(grad_x, channels_last)
     (B, C, H, W) = out.shape
-    block_c, block_p, blocks, chunks = map_tiling_of(out, channels_last)
+    tiling = _tiling(grad, out, channels_last)
     with on_device_of(grad):
-        reflection_pad2d_bwd_kernel[(blocks * chunks,)](
-            grad, out, B * C, C, H, W, grad.shape[3], grad.shape[2:].numel(), *padding, chunks,
-            CHANNELS_LAST=channels_last, BLOCK_C=block_c, BLOCK_P=block_p,
-            num_warps=warps(block_c * block_p, 8),
+        reflection_pad2d_bwd_kernel[(tiling.blocks * tiling.chunks,)](
+            grad, out, B * C, C, H, W, grad.shape[3], grad.shape[2:].numel(), *padding,
+            tiling.chunks, CHANNELS_LAST=channels_last, BLOCK_C=tiling.block_c,
+            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
         )  # fmt: skip
     if out is not grad_x:
         grad_x.copy_(out)
