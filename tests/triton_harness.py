@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+# Whether every kernel is compiled for all of these, as `make codegen` has it, or each for one.
+COMPLETE = os.environ.get("FASTGAN_CODEGEN") == "complete"
 # Shared memory that one block may ask for, bytes.
 SHARED_LIMIT = {
     75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376,
@@ -187,27 +190,50 @@ class Compiled:
     launch: str  # the name that launches() gave
     kernel: str
     capability: int
+    constants: dict[str, Any]  # its constexpr arguments
     warps: int
     registers: int
     stack: int  # bytes per thread; spilled registers live here
     shared: int  # bytes
     accesses: dict[str, int]  # global and asynchronous memory instructions in PTX, by width
+    products: list[str]  # PTX instructions of the tensor cores, without modifiers
     instructions: dict[str, int]  # SASS opcodes with modifiers; empty unless asked for
 
     def widest(self, kind: str) -> int:
         """Bytes of the widest access of a kind: "ld.global", "st.global" or "cp.async"."""
-        return max((_width(name) for name in self.accesses if name.startswith(kind)), default=0)
+        return max(
+            (access_width(name) for name in self.accesses if name.startswith(kind)), default=0
+        )
+
+    def moved(self, kind: str, width: int) -> int:
+        """Bytes that a thread moves by accesses of a kind and width, a loop's body once."""
+        return sum(
+            width * count
+            for name, count in self.accesses.items()
+            if name.startswith(kind) and access_width(name) == width
+        )
+
+    def problems(self) -> list[str]:
+        """What no kernel may have."""
+        found = []
+        if self.stack:
+            found.append(f"{self}: {self.stack} bytes of spills, {self.registers} registers")
+        if self.shared > SHARED_LIMIT[self.capability]:
+            found.append(f"{self}: {self.shared} bytes of shared memory")
+        return found
 
     def __str__(self) -> str:
         return f"{self.kernel} [{self.launch}] sm_{self.capability}"
 
 
 _ACCESS = re.compile(r"\b((?:ld|st)\.global[\w.:]*|cp\.async\.c[ag]\.shared\.global)([^;]*)")
+_PRODUCT = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 _OPCODE = re.compile(r"^\S+\t(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
-def _width(access: str) -> int:
+def access_width(access: str) -> int:
+    """Bytes of a memory instruction as Compiled.accesses names it."""
     if access.startswith("cp.async"):
         return int(access.rsplit("/", 1)[1])
     vector = re.search(r"\.v(\d)", access)
@@ -252,50 +278,88 @@ def _load(path: str) -> Any:
     return module
 
 
-def _compile(path: str, capability: int, sass: bool) -> list[Compiled]:
-    """Compile a file's launches for one capability."""
-    import triton
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What Triton would compile for a launch."""
+
+    launch: str
+    capability: int
+    kernel: Any
+    signature: Any
+    constants: Any
+    options: Any
+    attributes: Any
+
+
+def _jobs(launches: Iterable[tuple[str, Callable[[], object]]], capability: int) -> list[_Job]:
+    """One for each distinct specialisation that launches ask for; nothing is compiled."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
-    results: dict[str, Compiled] = {}
+    jobs: dict[tuple[Any, str], _Job] = {}
     launch = ""
 
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = run(self, *args, **{**kwargs, "warmup": True})
-        if kernel.hash not in results:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-                cubin.write(kernel.asm["cubin"])
-                cubin.flush()
-                usage = subprocess.run(
-                    [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name],
-                    capture_output=True, text=True, check=True,
-                ).stdout  # fmt: skip
-            found = _USAGE.search(usage)
-            assert found is not None, usage
-            opcodes = _OPCODE.findall(kernel.asm["sass"]) if sass else []
-            results[kernel.hash] = Compiled(
-                launch=launch, kernel=self.__name__, capability=capability,
-                warps=kernel.metadata.num_warps, registers=int(found[1]), stack=int(found[2]),
-                shared=kernel.metadata.shared, accesses=_accesses(kernel.asm["ptx"]),
-                instructions=dict(Counter(opcodes)),
-            )  # fmt: skip
-        return kernel
+    def collect(
+        self: Any, key: str, signature: Any, device: int, constants: Any, options: Any,
+        attributes: Any, warmup: bool,
+    ) -> None:  # fmt: skip
+        job = _Job(launch, capability, self, signature, constants, options, attributes)
+        jobs.setdefault((self, key), job)
 
     driver.set_active(_Driver(capability))
-    with mock.patch.object(JITFunction, "run", compile_only):
-        for launch, thunk in _load(path).launches():  # noqa: B007 - read above
+    with mock.patch.object(JITFunction, "_do_compile", collect):
+        for launch, thunk in launches:  # noqa: B007 - read above
             thunk()
-    return list(results.values())
+    return list(jobs.values())
+
+
+def _compile(job: _Job, sass: bool) -> Compiled:
+    import triton
+    from triton.runtime.driver import driver
+
+    driver.set_active(_Driver(job.capability))  # which kernels may ask for their target
+    source = job.kernel.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
+    target = driver.active.get_current_target()
+    kernel = triton.compile(source, target=target, options=job.options.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    found = _USAGE.search(usage)
+    assert found is not None, usage
+    opcodes = _OPCODE.findall(kernel.asm["sass"]) if sass else []
+    names = job.kernel.arg_names
+    return Compiled(
+        launch=job.launch, kernel=job.kernel.__name__, capability=job.capability,
+        constants={names[path[0]]: v for path, v in job.constants.items() if len(path) == 1},
+        warps=kernel.metadata.num_warps, registers=int(found[1]), stack=int(found[2]),
+        shared=kernel.metadata.shared, accesses=_accesses(kernel.asm["ptx"]),
+        products=sorted(set(_PRODUCT.findall(kernel.asm["ptx"]))),
+        instructions=dict(Counter(opcodes)),
+    )  # fmt: skip
+
+
+_queue: list[tuple[_Job, bool]] = []  # workers are forked with it: a job cannot be pickled
+
+
+def _compile_queued(i: int) -> Compiled:
+    return _compile(*_queue[i])
 
 
 def compile_launches(
-    path: str, capabilities: Iterable[int] = CAPABILITIES, sass: Iterable[int] = ()
+    path: str,
+    capabilities: Iterable[int] = CAPABILITIES,
+    *,
+    spread: bool = False,
+    sass: str = "$^",
 ) -> list[Compiled]:
     """Compile every launch that `launches()` of the file at `path` makes, in a child process.
 
-    `sass` lists the capabilities whose machine code is disassembled as well (slower).
+    Each for every capability or, if `spread`, for one that follows from its name. Where the name
+    of a launch matches `sass`, its machine code is disassembled (slower).
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parent.parent)
@@ -303,7 +367,7 @@ def compile_launches(
         [root, str(Path(__file__).resolve().parent), environment.get("PYTHONPATH", "")]
     )
     command = [sys.executable, __file__, path, "--capabilities", *map(str, capabilities)]
-    command += ["--sass", *map(str, sass)]
+    command += ["--sass", sass, *["--spread"] * spread]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if done.returncode:
         raise RuntimeError(f"offline compilation of {path} failed:\n{done.stderr}")
@@ -314,18 +378,22 @@ def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
     parser.add_argument("--capabilities", type=int, nargs="*", default=CAPABILITIES)
-    parser.add_argument("--sass", type=int, nargs="*", default=[])
+    parser.add_argument("--sass", default="$^")
+    parser.add_argument("--spread", action="store_true")
     options = parser.parse_args()
+    launches = list(_load(options.path).launches())
+    for i, capability in enumerate(options.capabilities):
+        own = [
+            (name, launch)
+            for name, launch in launches
+            if not options.spread or zlib.crc32(name.encode()) % len(options.capabilities) == i
+        ]
+        jobs = _jobs(own, capability)
+        _queue.extend((job, re.search(options.sass, job.launch) is not None) for job in jobs)
     fork = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), fork) as pool:
-        futures = [
-            pool.submit(_compile, options.path, capability, capability in options.sass)
-            for capability in options.capabilities
-        ]
-        concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
-        compiled = [dataclasses.asdict(c) for future in futures for c in future.result()]
-    print(json.dumps(compiled))
+        compiled = list(pool.map(_compile_queued, range(len(_queue)), chunksize=4))
+    print(json.dumps([dataclasses.asdict(c) for c in compiled]))
 
 
 if __name__ == "__main__":
