@@ -50,6 +50,8 @@ def walk(x: Tensor) -> Walk | None:
     HW = x.shape[2:].numel()
     strides = x.stride()
     batch = strides[0] if B > 1 else C * HW
+    if HW == 0:  # nowhere to go
+        return Walk(False, 0, 0, 1)
     if HW == 1:
         return Walk(True, batch, 1, C) if strides[1] == 1 else Walk(False, batch, strides[1], 1)
     if x.ndim == 3 or x.shape[2] == 1:

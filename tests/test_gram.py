@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -197,6 +199,41 @@ def test_nothing_in_some_axis(shape: tuple[int, ...], device: torch.device) -> N
     x = features(shape, torch.float32, device)
     check_gram(x)
     check_style_loss([x], [t.requires_grad_() for t in targets_for([x])])
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 8, 13, 17])
+SHAPES = st.tuples(
+    st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 1, 2, 7, 16, 31, 66, 129]), SIZES, SIZES
+)
+EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+
+
+@interpreted
+@EXAMPLES
+@given(
+    SHAPES, st.sampled_from(DTYPES), st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(["chw", "hw", "none"]),
+)  # fmt: skip
+def test_any_feature_map(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, normalize: str
+) -> None:
+    check_gram(features(shape, dtype, torch.device("cpu"), layout), normalize)
+
+
+@interpreted
+@EXAMPLES
+@given(
+    st.lists(st.tuples(SHAPES, st.sampled_from(sorted(LAYOUTS)), st.booleans()), min_size=1,
+             max_size=3),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_layers(layers: list[tuple[tuple[int, ...], str, bool]], dtype: torch.dtype) -> None:
+    maps = [features(shape, dtype, torch.device("cpu"), layout) for shape, layout, _ in layers]
+    targets = [
+        targets_for([x], batch=1 if shared and len(x) else None)[0]
+        for x, (_, _, shared) in zip(maps, layers, strict=True)
+    ]
+    check_style_loss(maps, targets)
 
 
 # --- The style loss over several layers ---------------------------------------------------------

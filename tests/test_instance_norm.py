@@ -7,8 +7,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 import fastgan as fg
@@ -35,7 +37,14 @@ check = functools.partial(check_implementation, impl="triton")
 SANITIZED = ("stats", "norm, per image, pad, residual", "adain", "style loss", "reflection pad")
 
 
-SMALL_TILES = {"TILE": 64, "RESIDENT_TILE": 0, "PROGRAMS": 1, "MIN_RUN": 64, "UNSPLIT_RUN": 64}
+SMALL_TILES = {
+    "TILE": 64,
+    "RESIDENT_TILE": 0,
+    "SMALLEST_TILE": 1,
+    "PROGRAMS": 1,
+    "MIN_RUN": 64,
+    "UNSPLIT_RUN": 64,
+}
 
 
 @pytest.fixture(params=["resident", "sweep", "split"])
@@ -94,6 +103,24 @@ def test_odd_shapes(case: Case, shape: tuple[int, ...], device: torch.device) ->
         check(case, features(shape, torch.float32, device, layout))
 
 
+@interpreted
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(sorted(CASES)),
+    st.tuples(
+        st.sampled_from([0, 1, 2, 5]), st.sampled_from([0, 1, 2, 7, 16, 33]),
+        st.sampled_from([1, 2, 3, 5, 8, 16, 27]), st.sampled_from([1, 2, 3, 5, 8, 16, 27]),
+    ),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.sampled_from(sorted(LAYOUTS)),
+)  # fmt: skip
+def test_any_feature_map(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> None:
+    size = [max(n, CASES[name].smallest) for n in shape[2:]]
+    check(CASES[name], features((*shape[:2], *size), dtype, torch.device("cpu"), layout))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_statistics_keep_their_precision(layout: str, tiles: str, device: torch.device) -> None:
     """Means of 1000 deviations, and planes whose first pixel is far from all others."""
@@ -144,6 +171,7 @@ class Cost:
 
 
 PADDED = 34 * 34 / 32**2
+STYLE = 31 / 32  # its size
 # What is read again by a sweep or after a split, is read from cache where it fits there.
 COSTS: dict[tuple[str, str], Cost] = {
     ("stats", "resident"): Cost((1, 0), (1, 1), 2),
@@ -153,8 +181,9 @@ COSTS: dict[tuple[str, str], Cost] = {
     ("norm, relu", "split"): Cost((2, 1), (4, 1), 4),
     ("norm, relu, pad", "resident"): Cost((1 + PADDED, PADDED), (1 + 3 * PADDED, 1), 2),
     ("norm, relu, pad", "split"): Cost((1 + PADDED, PADDED), (1 + 3 * PADDED, 1), 4),
-    ("adain", "resident"): Cost((1 + 31 / 32, 1), (2 + 31 / 32, 1 + 31 / 32), 4),
-    ("adain", "split"): Cost((2 + 31 / 32, 1), (4 + 31 / 32, 1 + 31 / 32), 5),
+    ("adain", "resident"): Cost((1 + STYLE, 1), (2 + STYLE, 1 + STYLE), 4),
+    ("adain", "split"): Cost((2 + STYLE, 1), (4 + STYLE, 1 + STYLE), 5),
+    ("adain, style detached", "resident"): Cost((1 + STYLE, 1), (2, 1), 3),
     ("style loss, one layer", "resident"): Cost((1, 0), (1, 1), 4),
     ("reflection pad", "resident"): Cost((35 * 35 / 32**2,) * 2, (35 * 35 / 32**2, 1), 2),
 }
@@ -170,9 +199,11 @@ def test_bytes_and_launches(
         monkeypatch.setattr(_tiling, "TILE", 512)
     if tiles == "split" and layout == "channels_last":  # whose blocks are few
         monkeypatch.setattr(_tiling, "multiprocessors", lambda device: 8)
-    cost, case = COSTS[name, tiles], CASES[name]
+    cost, case = COSTS[name, tiles], CASES[name.removesuffix(", style detached")]
     x = features((1, 8, 32, 32), torch.bfloat16, torch.device("cpu"), layout)
     inputs = [i.detach() if i.ndim == 2 else i for i in case.inputs(x)]  # given statistics
+    if name.endswith("detached"):
+        inputs[1] = inputs[1].detach()
     with counted_traffic() as forward, counted_launches() as launches:
         outputs = flat(case.run(*inputs, impl="triton"))
     grads = [o.detach() for o in outputs]
