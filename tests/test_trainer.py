@@ -126,7 +126,9 @@ def test_a_training_does_not_grow() -> None:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    assert tensors_after(range(3)) == tensors_after(range(3, 40))
+    tensors_after(range(3))  # and after whatever earlier tests left behind
+    before = tensors_after(range(3, 6))
+    assert tensors_after(range(6, 43)) <= before
 
 
 def test_weight_average_formula() -> None:
