@@ -1,10 +1,6 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <vector>
 
@@ -59,24 +55,9 @@ std::optional<Map> map_of(const Tensor& x, bool channels_last) {
   return Map{x, channels_last, x.size(0), C, HW, x.stride(0), channel, position, data};
 }
 
-// A large result lies in memory that the system has yet to hand out; 4 KB at a time, that takes
-// longer than the arithmetic. Advice, which changes no value.
-void prefer_huge_pages([[maybe_unused]] const Map& map) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 * 1024 * 1024;
-  const auto begin = reinterpret_cast<uintptr_t>(map.data), end = begin + map.tensor.nbytes();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 Map buffer_for(const Tensor& x, bool channels_last) {
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const Tensor buffer = at::empty(x.sizes(), x.options().memory_format(format));
-  const Map map = *map_of(buffer, channels_last);
-  prefer_huge_pages(map);
-  return map;
+  return *map_of(at::empty(x.sizes(), x.options().memory_format(format)), channels_last);
 }
 
 // The tensor itself if it lies that way, else a copy that does.
@@ -101,9 +82,7 @@ Map dense(const Tensor& x, bool channels_last) {
 // The tensor itself if it lies that way without gaps, else a buffer, for store() to copy.
 Map writable(const Tensor& y, bool channels_last) {
   const auto map = map_of(y, channels_last);
-  if (!map || !y.is_non_overlapping_and_dense()) return buffer_for(y, channels_last);
-  prefer_huge_pages(*map);
-  return *map;
+  return map && y.is_non_overlapping_and_dense() ? *map : buffer_for(y, channels_last);
 }
 
 void store(const Map& written, const Tensor& y) {
