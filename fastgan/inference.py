@@ -160,7 +160,8 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
     Args:
         content: a picture; with `out` files and folders, which are searched at any depth.
         style: one picture or several; None where the recipe of the checkpoint has directions. A
-            folder is one style, the mean of all pictures in it.
+            folder is one style, the mean of all pictures in it. A tensor [B,3,H,W] has a style for
+            each of B pictures in a tensor.
         out: a picture file or a folder.
         checkpoint: as in `load_recipe`, or a recipe that it gave, which saves loading it again;
             None for the pretrained one.
@@ -200,8 +201,9 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
         targets = _targets([_as_path(entry) for entry in _as_list(content)], Path(out))
         style_files = [Path(p) for p in itertools.chain(*styles) if isinstance(p, str | Path)]
         _refuse_to_overwrite(targets.values(), [*targets, *style_files])
-    elif isinstance(content, Sequence) and not isinstance(content, str):
-        raise TypeError("content: several pictures need a folder for the results, out")
+    elif not isinstance(content, Tensor | Image.Image):
+        _refuse_several(content)
+    _check_batches(content, itertools.chain(*styles))
     recipe = _recipe(checkpoint, device, precision)
     if direction is not None and not recipe.directions:
         raise ValueError(f"direction: {recipe.name} has none, its style picture decides")
@@ -213,7 +215,6 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
 
     if out is not None:
         return _render_files(targets, render, max_side, batch_size, strict, progress)
-    assert isinstance(content, str | Path | Image.Image | Tensor)
     picture = _load(content, max_side)
     # A copy, because tensors made in inference mode are of no use to autograd.
     result = render(picture if picture.ndim == 4 else picture[None]).clone().view_as(picture)
@@ -278,6 +279,20 @@ def _pictures_of(style: Picture) -> list[Picture]:
     if not found:
         raise ValueError(f"style: no pictures in {style}")
     return list(found)
+
+
+def _refuse_several(content: Any) -> None:
+    several = isinstance(content, Sequence) and not isinstance(content, str)
+    if several or (isinstance(content, str | Path) and Path(content).is_dir()):
+        raise TypeError("content: several pictures need a folder for the results, out")
+
+
+def _check_batches(content: Any, styles: Iterable[Picture]) -> None:
+    batch = len(content) if isinstance(content, Tensor) and content.ndim == 4 else 1
+    for style in styles:
+        if isinstance(style, Tensor) and style.ndim == 4 and len(style) not in (1, batch):
+            wanted = "1 picture" if batch == 1 else f"1 or {batch} pictures, as content has"
+            raise ValueError(f"style: a tensor must hold {wanted}, got {len(style)}")
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -345,7 +360,7 @@ def _encoded(recipe: Recipe, picture: Picture, max_side: int | None, strict: boo
         return recipe.encode_style(_prepared(recipe, image))
 
 
-def _load(picture: Picture, max_side: int | None) -> Tensor:
+def _load(picture: Any, max_side: int | None) -> Tensor:
     """[3,H,W] or, of a tensor, [B,3,H,W], no side longer than `max_side`."""
     if isinstance(picture, Tensor):
         if picture.ndim not in (3, 4) or picture.shape[-3] != 3 or picture.numel() == 0:
@@ -357,8 +372,12 @@ def _load(picture: Picture, max_side: int | None) -> Tensor:
         tensor = picture.detach()
     elif isinstance(picture, Image.Image):
         tensor = from_pil(picture)
-    else:
+    elif isinstance(picture, str | Path):
         tensor = load_image(picture)
+    else:
+        raise TypeError(
+            f"a picture must be a file, a Pillow image or a tensor, got {type(picture).__name__}"
+        )
     height, width = tensor.shape[-2:]
     size = _reduced(height, width, max_side)
     if size == (height, width):

@@ -220,6 +220,21 @@ def test_without_weights_styles_count_alike_and_a_folder_is_one(
     torch.testing.assert_close(halves, single, rtol=0, atol=1e-6)
 
 
+def test_a_style_for_each_picture(recipe: StyleTransfer) -> None:
+    content, styles = noise(2 * 20, 24).view(2, 3, 20, 24), noise(2 * 30, 17).view(2, 3, 30, 17)
+    results = stylize(content, [styles, stripes()], checkpoint=recipe)
+    for picture, style, result in zip(content, styles, results, strict=True):
+        expected = stylize(picture, [style, stripes()], checkpoint=recipe)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert (stylize(content[:1].expand(2, -1, -1, -1), styles, checkpoint=recipe)).diff(
+        dim=0
+    ).abs().max() > 0.01
+    with pytest.raises(ValueError, match="must hold 1 or 3 pictures, as content has, got 2"):
+        stylize(noise(30, 8).view(3, 3, 10, 8), styles, checkpoint=recipe)
+    with pytest.raises(ValueError, match="must hold 1 picture, got 2"):
+        stylize(content[0], styles, checkpoint=recipe)
+
+
 def test_recipes_that_cannot_mix_say_so(run: Path) -> None:
     with pytest.raises(ValueError, match="style: dummy takes one style picture, got 2"):
         stylize(noise(9, 9), [noise(9, 9), noise(9, 9)], checkpoint=run)
@@ -545,8 +560,15 @@ class TestWrongArguments:
                 stylize(torch.zeros(shape), stripes(), checkpoint=run)
         with pytest.raises(TypeError, match=r"uint8 or float in \[-1, 1\], got torch.int64"):
             stylize(torch.zeros(3, 9, 9).long(), stripes(), checkpoint=run)
-        with pytest.raises(TypeError, match="several pictures need a folder"):
-            stylize([tmp_path / "a.png"], stripes(), checkpoint=run)
+        for several in ([tmp_path / "a.png"], tmp_path, str(tmp_path)):
+            with pytest.raises(TypeError, match="several pictures need a folder"):
+                stylize(several, stripes(), checkpoint=run)
+        kinds = "a picture must be a file, a Pillow image or a tensor, got "
+        for wrong in (np.zeros((9, 9, 3)), 3, None):
+            with pytest.raises(TypeError, match=kinds + type(wrong).__name__):
+                stylize(wrong, stripes(), checkpoint=run)
+        with pytest.raises(TypeError, match=f"{kinds}int"):
+            stylize(noise(9, 9), 3, checkpoint=run)
         with pytest.raises(TypeError, match="with out, expected files and folders, got Tensor"):
             stylize(noise(9, 9), stripes(), tmp_path / "out.png", checkpoint=run)
 

@@ -320,11 +320,12 @@ class StyleTransfer(Recipe):
         AdaIN is linear in the statistics, so the weighted sum of the maps it gives for several
         styles is the map it gives for the weighted sums of their means and deviations.
         """
+        weighted = [
+            [weight * x for x in statistics]
+            for weight, statistics in zip(weights, styles, strict=True)
+        ]
         return InstanceStats(
-            *(
-                torch.stack([weight * x for weight, x in zip(weights, values, strict=True)]).sum(0)
-                for values in zip(*styles, strict=True)
-            )
+            *(torch.stack(torch.broadcast_tensors(*x)).sum(0) for x in zip(*weighted, strict=True))
         )
 
     def stylize(
