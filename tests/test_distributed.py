@@ -304,6 +304,17 @@ def test_memory_exhausted_in_one_process_ends_all(
     assert RunFolder(tmp_path).checkpoints()[-1].stem == "step_00000003"
 
 
+@pytest.mark.slow
+def test_what_the_first_process_alone_finds_before_the_first_step_ends_all(
+    dummy_flags: list[object], tmp_path: Path
+) -> None:
+    """It alone makes the folder: the other learns from it that this cannot be done."""
+    (tmp_path / "file").touch()
+    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", tmp_path / "file" / "run")
+    (line,) = said(ended)
+    assert line == f"fastgan: out: cannot write to {tmp_path}/file/run: Not a directory"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_in_graphs(data: Path, tmp_path: Path) -> None:

@@ -72,51 +72,53 @@ class Trainer:
         self._progress = progress
         self._device = own_device(training.device)
         self._world = join_world(self._device)
-        self._checkpoint = self._checkpoint_to_resume()
-        self._precision = choose_precision(training.precision, self._device)
-        self._stream = PictureStream(
-            config.pictures.folders,
-            config.augmentation,
-            batch_size=training.batch_size * training.accumulate,
-            seed=training.seed,
-            workers=config.pictures.workers,
-            strict=config.pictures.strict,
-            rank=self._world.rank,
-            world_size=self._world.size,
-            pin_memory=self._device.type == "cuda",
-        )
-        if training.deterministic:
-            use_deterministic_algorithms()
-        _seed(training.seed)
-        self.recipe = recipe(config.recipe)
-        self._keys = tuple(self.recipe.state_dict())
-        self.recipe.begin_training(config.augmentation.size)
-        with memory_errors(self._memory_hint()):
-            self.recipe.to(self._device)
-            self._world.copy_from_first((*self.recipe.parameters(), *self.recipe.buffers()))
-            self.recipe.to(memory_format=torch.channels_last)
-            self._engine = make_engine(
-                training.engine,
-                self.recipe,
-                self._device,
-                self._precision,
-                training.ema_decay,
-                world=self._world,
-                accumulate=training.accumulate,
-                activation_checkpointing=training.activation_checkpointing,
+        self._checkpoint: Path | None = None
+        with self._world.together(self._last_good):
+            self._checkpoint = self._checkpoint_to_resume()
+            self._precision = choose_precision(training.precision, self._device)
+            self._stream = PictureStream(
+                config.pictures.folders,
+                config.augmentation,
+                batch_size=training.batch_size * training.accumulate,
+                seed=training.seed,
+                workers=config.pictures.workers,
+                strict=config.pictures.strict,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                pin_memory=self._device.type == "cuda",
             )
-        self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
-        """Updates in all."""
-        self._warn_of_idle_steps()
-        if self._world.rank > 0:  # the same weights as the first process, other random numbers
-            _seed(_derived_seed(training.seed, self._world.rank))
-        if self._checkpoint is not None:
-            self._restore(self._checkpoint)
-        self._rng = rng_state(self._device)
-        self._unwatched: dict[int, list[Path]] = {}  # pictures of the steps since the last check
-        self._meet()
-        if self._first:
-            self.folder.make()
+            if training.deterministic:
+                use_deterministic_algorithms()
+            _seed(training.seed)
+            self.recipe = recipe(config.recipe)
+            self._keys = tuple(self.recipe.state_dict())
+            self.recipe.begin_training(config.augmentation.size)
+            with memory_errors(self._memory_hint()):
+                self.recipe.to(self._device)
+                self._world.copy_from_first((*self.recipe.parameters(), *self.recipe.buffers()))
+                self.recipe.to(memory_format=torch.channels_last)
+                self._engine = make_engine(
+                    training.engine,
+                    self.recipe,
+                    self._device,
+                    self._precision,
+                    training.ema_decay,
+                    world=self._world,
+                    accumulate=training.accumulate,
+                    activation_checkpointing=training.activation_checkpointing,
+                )
+            self.steps = training.steps or self.recipe.default_steps(self._stream.steps_per_epoch)
+            """Updates in all."""
+            self._warn_of_idle_steps()
+            if self._world.rank > 0:  # the same weights as the first process, other random numbers
+                _seed(_derived_seed(training.seed, self._world.rank))
+            if self._checkpoint is not None:
+                self._restore(self._checkpoint)
+            self._rng = rng_state(self._device)
+            self._unwatched: dict[int, list[Path]] = {}  # of the steps since the last check
+            self._meet()
+            if self._first:
+                self.folder.make()
 
     def train(self) -> None:
         """Runs the steps that are left; returns after the last one is saved.
