@@ -88,7 +88,8 @@ def export(
     if format == "onnx":
         _save_onnx(program, generator, metadata, out)
     else:
-        torch.export.save(program, out, extra_files=metadata)
+        with out.open("wb") as file:  # whose errors name it
+            torch.export.save(program, file, extra_files=metadata)
     return out
 
 

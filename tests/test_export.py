@@ -16,7 +16,7 @@ from torch.export.passes import move_to_device_pass
 import fastgan
 from dummy_recipe import Dummy, DummyConfig
 from fastgan import cli, export, inference
-from fastgan.inference import load_recipe
+from fastgan.inference import load_recipe, pretrained_checkpoint
 from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.two_domains import TwoDomainRecipe
 from fastgan.recipes.unit import UNIT
@@ -175,6 +175,15 @@ def test_a_recipe_is_exported_in_fp32_and_stays_as_it_is(tmp_path: Path) -> None
     close(runner(out)(content, style, torch.ones(1)), recipe.float().generator(content, style))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_parity_of_the_pretrained_checkpoint(format: str, tmp_path: Path) -> None:
+    run = runner(export.export(tmp_path / f"model{ending(format)}"))
+    generator = load_recipe(pretrained_checkpoint()).generator
+    for shape in ((1, 3, 64, 64), (2, 3, 97, 131), (2, 3, 150, 55)):
+        content, style, alpha = pictures(*shape), pictures(1, 3, 50, 77), torch.rand(shape[0])
+        close(run(content, style, alpha), generator(content, style, alpha))
+
+
 class TestCommandLine:
     def test_the_pretrained_checkpoint_is_the_default(
         self,
@@ -218,6 +227,15 @@ class TestCommandLine:
         assert complaint in said
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_out_that_cannot_be_written(
+        self, checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, format: str
+    ) -> None:
+        out = tmp_path / f"folder{ending(format)}"
+        out.mkdir()
+        assert cli.main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"fastgan: {out}: Is a directory\n"
 
     def test_recipes_with_directions_need_one(self, tmp_path: Path) -> None:
         path = save_tiny_recipe(CycleGAN(tiny_config(CycleGAN)), tmp_path)
