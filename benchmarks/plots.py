@@ -26,7 +26,7 @@ COLOURS = {
 NAMES = {
     "eager": "eager",
     "compile": "torch.compile",
-    "library": "cuBLAS",
+    "library": "BLAS",
     "peer": "another library",
     "fastgan": "fastgan",
 }

@@ -114,7 +114,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         "case": [row.title for row in rows],
         "eager": [_cell(row, "eager") for row in rows],
         "torch.compile": [_cell(row, "compile") for row in rows],
-        "cuBLAS": [_cell(row, "library") for row in rows],
+        "BLAS": [_cell(row, "library") for row in rows],
         "peer": [_cell(row, "peer") for row in rows],
         "fastgan": [_cell(row, "fastgan") for row in rows],
         "over eager": [_times(row.speedup("eager")) for row in rows],
