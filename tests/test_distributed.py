@@ -359,9 +359,24 @@ def test_accumulate_is_at_least_one() -> None:
         Training(accumulate=0)
 
 
+def launched_as(monkeypatch: pytest.MonkeyPatch, *, size: int) -> None:
+    """As the first of `size` processes of torchrun."""
+    launch = {"RANK": "0", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_size_without_a_launch_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clusters set the variable for every program."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.launched_rank() == 0
+    assert distributed.join_world(torch.device("cpu")).size == 1
+    assert own_device("cpu") == torch.device("cpu")
+
+
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_a_device_is_not_for_several(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched_as(monkeypatch, size=2)
     with pytest.raises(ValueError, match=f"device: 2 processes .* got '{device}'"):
         own_device(device)
 
@@ -370,7 +385,7 @@ def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "choose_device", torch.device)
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched_as(monkeypatch, size=3)
     for rank in range(2):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert own_device(None) == own_device("cuda") == torch.device("cuda", rank)

@@ -290,7 +290,9 @@ def first_speaks() -> Iterator[None]:
 
 
 def _size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that torchrun started; 1 without it, whatever else a cluster sets."""
+    launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 @functools.cache

@@ -182,6 +182,8 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint, unless what it would hold is not finite.
 
+        Of several processes all have to call it, as each holds a part; the first one writes.
+
         Raises:
             TrainingError: a loss since the last reading, or a weight, is not finite.
             fastgan.checkpoint.CheckpointError: the file could not be written.
