@@ -22,7 +22,7 @@ def choose_device(requested: str | None = None) -> torch.device:
     try:
         device = torch.device(requested)
         torch.empty((), device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {requested!r} cannot be used here: {reason}") from None
     return device

@@ -10,25 +10,9 @@ from torch import Tensor, nn
 
 import fastgan
 from fastgan.nn import conversion_report, convert
+from plain_cyclegan import ResidualBlock
 from tolerances import assert_close
 from triton_harness import INTERPRETED
-
-
-class ResnetBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-            nn.ReLU(True),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_block(x)
 
 
 def resnet_generator(width: int = 4, blocks: int = 9) -> nn.Module:
@@ -42,7 +26,7 @@ def resnet_generator(width: int = 4, blocks: int = 9) -> nn.Module:
     for i in (1, 2):
         layers += [nn.Conv2d(i * width, 2 * i * width, 3, stride=2, padding=1)]
         layers += [nn.InstanceNorm2d(2 * i * width), nn.ReLU(True)]
-    layers += [ResnetBlock(4 * width) for _ in range(blocks)]
+    layers += [ResidualBlock(4 * width) for _ in range(blocks)]
     for i in (4, 2):
         layers += [nn.ConvTranspose2d(i * width, i * width // 2, 3, 2, 1, output_padding=1)]
         layers += [nn.InstanceNorm2d(i * width // 2), nn.ReLU(True)]
@@ -71,7 +55,7 @@ def residual_autoencoder() -> nn.Module:
     return nn.Sequential(
         ConvBlock(3, 4, 7, 1, 3, relu),
         ConvBlock(4, 8, 4, 2, 1, relu),
-        ResnetBlock(8),
+        ResidualBlock(8),
         nn.Upsample(scale_factor=2),
         nn.Sequential(nn.ReflectionPad2d(2), nn.Conv2d(8, 4, 5), nn.InstanceNorm2d(4), relu),
         nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(4, 3, 7), nn.Tanh()),
