@@ -11,8 +11,8 @@ namespace fastgan {
 namespace {
 
 // All splitting is by size, never by the number of threads: the same input gives the same bits.
-constexpr int64_t kTask = 32 * 1024;         // elements worth a thread
-constexpr int64_t kGroup = 2 * 1024 * 1024;  // elements of images that share the cache
+constexpr int64_t kTask = 32 * 1024;     // elements worth a thread
+constexpr int64_t kGroup = 1024 * 1024;  // elements of images that share the cache
 
 // Calls body(i) for i < count, in parallel if there is enough to do.
 template <typename Body>
