@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from fastgan import reference
 from fastgan.ops import _checks
-from fastgan.ops.gan_loss import MODES, SCALE_REDUCTIONS, discriminator_loss, generator_loss
+from fastgan.ops.gan_loss import (
+    MODES,
+    SCALE_REDUCTIONS,
+    check_logits,
+    discriminator_loss,
+    generator_loss,
+)
 from fastgan.ops.gram import gram_matrix, style_loss
 from fastgan.ops.instance_norm import (
     ACTIVATIONS,
@@ -216,7 +222,7 @@ class GANLoss(nn.Module):
     ) -> Tensor:
         """Loss of one prediction; ``for_discriminator`` matters to ``hinge`` alone."""
         label = self.target_real_label if target_is_real else self.target_fake_label
-        scales = _checks.layers("GANLoss", "prediction", prediction)
+        scales = check_logits("GANLoss", "prediction", prediction)
         with torch.autocast(scales[0].device.type, enabled=False):
             losses = [
                 reference.label_loss(x, label, target_is_real, self.mode, for_discriminator)
@@ -325,6 +331,8 @@ class _Swap:
 
 def _swaps(model: nn.Module) -> Iterator[_Swap]:
     """Every norm and pad, wherever a module holds it; one held in two places comes twice."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     replacements: dict[Any, nn.Module] = {}  # one for each module and what it takes in
     if isinstance(model, nn.InstanceNorm2d | nn.ReflectionPad2d):
         yield _swap(replacements, "", None, "", model, {})

@@ -4,12 +4,15 @@ Each names the op, the argument, what was expected and what came.
 """
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (int, float, Real)  # the abstract class alone would do, but takes longer to ask
+_INTEGERS = (int, Integral)
 
 
 def shape(x: Tensor) -> str:
@@ -29,6 +32,8 @@ def floating(op: str, name: str, x: object) -> None:
         raise TypeError(
             f"{op}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}"
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {x.layout}")
 
 
 def feature_map(op: str, name: str, x: object, *, ranks: tuple[int, ...] = (4,)) -> None:
@@ -57,7 +62,18 @@ def positions(op: str, name: str, x: Tensor, correction: int) -> None:
         )
 
 
+def number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def integer(op: str, name: str, value: object) -> None:
+    if not isinstance(value, _INTEGERS):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
 def non_negative(op: str, name: str, value: Any) -> None:
+    number(op, name, value)
     if not value >= 0:
         raise ValueError(f"{op}: {name} must be non-negative, got {value!r}")
 
@@ -86,11 +102,15 @@ def layer_weights(
     """One weight per layer; 1 each where none are given."""
     if weights is None:
         return [1.0] * count
+    if isinstance(weights, _NUMBERS):
+        raise TypeError(f"{op}: weights must be a list, one number per layer, got {weights!r}")
     if len(weights) != count:
         raise ValueError(
             f"{op}: weights must be as many as {first_name}, {count}, got {len(weights)}"
         )
-    return [float(w) for w in weights]
+    for i, weight in enumerate(weights):
+        number(op, f"weights[{i}]", weight)
+    return [float(weight) for weight in weights]
 
 
 def label(name: str, index: int, count: int) -> str:

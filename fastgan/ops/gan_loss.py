@@ -139,7 +139,7 @@ def generator_loss(
     :func:`discriminator_loss`.
     """
     op = "generator_loss"
-    fake = _check_logits(op, "fake_logits", fake_logits)
+    fake = check_logits(op, "fake_logits", fake_logits)
     _checks.one_of(op, "mode", mode, MODES)
     if saturating and mode != "bce":
         raise ValueError(f"{op}: saturating needs mode='bce', got {mode!r}")
@@ -158,8 +158,8 @@ def generator_loss(
 def _check_discriminator(
     op: str, real_logits: Logits, fake_logits: Logits, mode: str, label_smoothing: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    real = _check_logits(op, "real_logits", real_logits)
-    fake = _check_logits(op, "fake_logits", fake_logits)
+    real = check_logits(op, "real_logits", real_logits)
+    fake = check_logits(op, "fake_logits", fake_logits)
     _checks.equally_long(op, "fake_logits", fake, "real_logits", real)
     _checks.same_device(op, "fake_logits", fake[0], "real_logits", real[0])
     if real[0].dtype != fake[0].dtype:
@@ -168,6 +168,7 @@ def _check_discriminator(
             f"got {fake[0].dtype}"
         )
     _checks.one_of(op, "mode", mode, MODES)
+    _checks.number(op, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing!r}")
     if label_smoothing and mode != "bce":
@@ -175,7 +176,8 @@ def _check_discriminator(
     return real, fake
 
 
-def _check_logits(op: str, name: str, logits: Logits) -> list[Tensor]:
+def check_logits(op: str, name: str, logits: Logits) -> list[Tensor]:
+    """Logits as a list of scales that have elements, one dtype and one device."""
     scales = _checks.layers(op, name, logits)
     for i, x in enumerate(scales):
         own = _checks.label(name, i, len(scales))

@@ -109,6 +109,7 @@ def instance_norm(
     op = "instance_norm"
     _checks.feature_map(op, "x", x)
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    _checks.number(op, "negative_slope", negative_slope)
     _checks.non_negative(op, "eps", eps)
     _check_affine(op, "weight", weight, x)
     _check_affine(op, "bias", bias, x)
@@ -295,12 +296,14 @@ def reflection_pad2d(
     Differentiable to any order.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor.
+        TypeError: ``x`` is no floating-point tensor, or ``padding`` not four numbers.
         ValueError: wrong shape or padding.
         ImplUnavailableError: the implementation asked for cannot run this call.
     """
     op = "reflection_pad2d"
     _checks.feature_map(op, "x", x)
+    if not isinstance(padding, tuple | list) or len(padding) != 4:
+        raise TypeError(f"{op}: padding must be (left, right, top, bottom), got {padding!r}")
     left, right, top, bottom = padding
     height, width = x.shape[2:]
     if not (
@@ -344,6 +347,7 @@ def _copied(*inputs: Any) -> Callable[[str], str | None]:
 
 def _check_variance(op: str, name: str, x: Tensor, eps: float, correction: int) -> None:
     _checks.non_negative(op, "eps", eps)
+    _checks.integer(op, "correction", correction)
     _checks.non_negative(op, "correction", correction)
     _checks.positions(op, name, x, correction)
 
@@ -376,6 +380,7 @@ def _check_residual(op: str, residual: Tensor | None, x: Tensor) -> None:
 
 
 def _check_reflect_pad(op: str, pad: int, x: Tensor) -> None:
+    _checks.integer(op, "reflect_pad", pad)
     smallest = min(x.shape[2], x.shape[3])
     if not 0 <= pad < max(smallest, 1):
         raise ValueError(
@@ -415,6 +420,7 @@ def _check_batch_and_channels(
 
 def _check_alpha(op: str, alpha: float | Tensor, content: Tensor) -> None:
     if not isinstance(alpha, Tensor):
+        _checks.number(op, "alpha", alpha)
         return
     if alpha.requires_grad:
         raise ValueError(f"{op}: alpha takes no gradient; pass alpha.detach()")
