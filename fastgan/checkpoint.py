@@ -112,6 +112,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> An
             return _Decoder(file, torch.device(device)).decode(tree)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
+    except FileNotFoundError:
+        raise CheckpointError(f"could not read {path}: no such file or folder") from None
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -295,7 +295,7 @@ def test_other_files_are_refused(path: Path, content: bytes) -> None:
 
 
 def test_missing_files_and_folders(path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: No such file"):
+    with pytest.raises(CheckpointError, match=r"^could not read \S+: no such file or folder$"):
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match=str(path.parent)):
         checkpoint.load(path.parent)
