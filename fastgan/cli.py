@@ -318,6 +318,9 @@ def _demo(arguments: list[str]) -> int:
 def _env(arguments: list[str]) -> int:
     from fastgan import env
 
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: fastgan env\n\n{_first_line(env)}")
+        return 0
     if arguments:
         raise Failure(2, f"env takes no arguments, got {' '.join(arguments)}")
     env.main()

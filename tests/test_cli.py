@@ -360,6 +360,7 @@ class TestHelp:
         assert cli.main(["env"]) == 0
         assert f"fastgan {fastgan.__version__}" in capsys.readouterr().out
         assert cli.main(["env", "now"]) == 2
+        assert cli.main(["env", "--help"]) == 0
 
     def test_as_a_module(self) -> None:
         ended = subprocess.run(

@@ -15,7 +15,7 @@ from fastgan.training.engines import EngineName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How pictures are read; a subclass says from where. Folders are searched at any depth."""
+    """How pictures are read. A subclass says from where; its docstring heads the flags' help."""
 
     workers: int = 4
     """Processes that read pictures; 0 reads them in the training process."""
@@ -33,7 +33,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures(Reading):
-    """Of a recipe that renders content in the style of a picture."""
+    """Pictures to learn from; folders are searched at any depth."""
 
     content: Path
     """Folder of content pictures."""
@@ -47,7 +47,7 @@ class Pictures(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class DomainPictures(Reading):
-    """Of a recipe that translates between two domains, A and B."""
+    """Pictures of two domains, A and B, to learn from; folders are searched at any depth."""
 
     data: Path
     """Folder that holds the folders of pictures trainA and trainB."""
