@@ -270,6 +270,12 @@ def test_the_pool_is_state_and_its_chances_are_the_generators() -> None:
     assert state["pools.B.count"] == 2
 
 
+@pytest.mark.parametrize("field", ["residual_blocks", "discriminator_layers", "pool_size", "lr"])
+def test_settings_that_cannot_be_trained_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be at least"):
+        CycleGANConfig(**{field: -1})
+
+
 def test_patchgan_of_other_depths() -> None:
     for layers, smallest in ((1, 6), (2, 12), (3, 24)):
         judge = PatchGAN(4, layers)

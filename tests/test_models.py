@@ -151,6 +151,15 @@ def test_discriminator_patch_is_as_wide_as_documented():
     assert seen.max() - seen.min() + 1 == 38
 
 
+@pytest.mark.parametrize(("layers", "scales"), [(1, 1), (2, 3), (3, 2)])
+def test_discriminator_says_what_it_cannot_judge(layers: int, scales: int):
+    network = Discriminator(DiscriminatorConfig(width=2, layers=layers, scales=scales))
+    smallest = network.smallest
+    assert network(picture(1, 3, smallest, smallest + 7))[-1].shape[2] == 2
+    with pytest.raises(ValueError, match=f"at least {smallest} px .* {scales} scales, got"):
+        network(picture(1, 3, smallest + 7, smallest - 1))
+
+
 # --- Extractors ---------------------------------------------------------------------------------
 
 

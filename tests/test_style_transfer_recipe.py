@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -314,6 +315,31 @@ def test_losses_are_fp32_and_finite_under_autocast(dtype: torch.dtype):
         for name, term in under_autocast.items():
             assert term.dtype == torch.float32, name
             assert math.isclose(term.item(), expected[name].item(), rel_tol=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "^width must be at least 1, got 0"),
+        ({"encoder_blocks": -1}, "^encoder_blocks must be at least 0, got -1"),
+        ({"weight_style": -1.0}, "^weight_style must be at least 0, got -1"),
+        ({"lr_discriminator": math.nan}, "^lr_discriminator must be at least 0, got nan"),
+        ({"content_layers": (0, 3)}, r"^content_layers .* 3 maps, 0 to 2, got \(0, 3\)"),
+        ({"content_layers": ()}, "^content_layers"),
+        ({"content_layers": (4,), "extractor": "vgg19"}, "^content_layers .* 4 maps"),
+        ({"label_smoothing": 1.0}, r"^label_smoothing must be in \[0, 1\), got 1"),
+        ({"label_smoothing": 0.1, "gan_mode": "hinge"}, "^label_smoothing needs gan_mode bce"),
+        ({"saturating": True, "gan_mode": "lsgan"}, "^saturating needs gan_mode bce, got lsgan"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **options)
+
+
+def test_crops_too_small_for_the_discriminator_are_refused():
+    with pytest.raises(ValueError, match=r"^size: style_transfer needs at least 32 px .* got 31"):
+        StyleTransfer(SMALL).begin_training(31)
 
 
 def test_presets_are_sized_for_their_machines():

@@ -285,6 +285,12 @@ def test_latents_spread_by_the_noise_asked_for() -> None:
     assert UNIT(dataclasses.replace(TINY, latent_noise=0.0))._sample(means) is means
 
 
+@pytest.mark.parametrize("field", ["downsamplings", "lr_decay_every", "discriminator_scales"])
+def test_settings_that_cannot_be_trained_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be at least 1, got 0"):
+        UNITConfig(**{field: 0})
+
+
 # --- Layers -------------------------------------------------------------------------------------
 
 

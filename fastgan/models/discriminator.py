@@ -28,6 +28,9 @@ class Discriminator(nn.Module):
 
     D(x) = sigmoid(logits). The scales have networks of the same form and weights of their own.
 
+    Raises:
+        ValueError: the picture is too small for the last convolution of the coarsest scale.
+
     Source: Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017
     (patches); Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with
     Conditional GANs", 2018 (scales).
@@ -37,8 +40,15 @@ class Discriminator(nn.Module):
         super().__init__()
         config = config or DiscriminatorConfig()
         self.scales = nn.ModuleList(_patch_network(config) for _ in range(config.scales))
+        self.smallest = 2 ** (config.layers + config.scales)
+        """Height and width of the smallest pictures it can judge."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if min(images.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"Discriminator: images must be at least {self.smallest} px high and wide for "
+                f"its layers and {len(self.scales)} scales, got {list(images.shape)}"
+            )
         logits = []
         for index, network in enumerate(self.scales):
             if index > 0:

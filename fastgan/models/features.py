@@ -15,6 +15,8 @@ from fastgan.reference import widen
 
 VGG19_WEIGHTS = "vgg19-dcbb9e9d.pth"
 """torchvision's name for VGG19 trained on ImageNet (IMAGENET1K_V1)."""
+VGG19_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1")
+"""The layers whose maps `VGG19Features` gives by default."""
 
 _VGG19_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # channels, convolutions
 _BRIGHTNESS = (0.299, 0.587, 0.114)
@@ -125,7 +127,7 @@ class VGG19Features(nn.Module):
     def __init__(
         self,
         *,
-        layers: Sequence[str] = ("relu1_1", "relu2_1", "relu3_1", "relu4_1"),
+        layers: Sequence[str] = VGG19_LAYERS,
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()

@@ -65,6 +65,11 @@ class CycleGANConfig(RecipeConfig):
     epochs_decay: int = 100
     """Epochs after them in which it falls, linearly; then it is 0."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "width", "residual_blocks", "discriminator_width", "discriminator_layers")
+        self._require(0, "pool_size", "epochs", "epochs_decay")
+
 
 @dataclasses.dataclass
 class _Translations:

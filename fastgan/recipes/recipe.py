@@ -46,7 +46,21 @@ class RecipeConfig:
 
     Fields hold int, float, bool, str, `Literal` or tuples of them (the checkpoint stores them as
     JSON); each is a command-line flag of the same name, and the string below a field is its help.
+
+    Raises:
+        ValueError: a field whose name begins with ``weight_`` or ``lr`` is negative, or one that a
+            subclass looks at does not serve; names it.
     """
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        self._require(0, *(name for name in names if name.startswith(("weight_", "lr"))))
+
+    def _require(self, least: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.models.discriminator import Discriminator, DiscriminatorConfig
-from fastgan.models.features import RandomFeatures, VGG19Features, grey
+from fastgan.models.features import VGG19_LAYERS, RandomFeatures, VGG19Features, grey
 from fastgan.models.style_transfer import BASE, LITE, StyleTransferConfig, StyleTransferGAN
 from fastgan.ops.gan_loss import (
     DiscriminatorStats,
@@ -110,6 +110,24 @@ class StyleTransferRecipeConfig(RecipeConfig):
     beta2: float = 0.999
     """Adam's decay of the mean squared gradient."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "width", "extractor_levels")
+        self._require(1, "discriminator_width", "discriminator_layers", "discriminator_scales")
+        self._require(0, "encoder_blocks", "decoder_blocks")
+        maps = self.extractor_levels if self.extractor == "random" else len(VGG19_LAYERS)
+        if not self.content_layers or not all(0 <= layer < maps for layer in self.content_layers):
+            raise ValueError(
+                f"content_layers must be among the extractor's {maps} maps, 0 to {maps - 1}, "
+                f"got {self.content_layers}"
+            )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        decided = self.objective == "textbook"  # which overrides all three
+        for name in ("label_smoothing", "saturating"):
+            if getattr(self, name) and self.gan_mode != "bce" and not decided:
+                raise ValueError(f"{name} needs gan_mode bce, got {self.gan_mode}")
+
     @property
     def sees_grey(self) -> bool:
         """Whether the extractor is shown grey results."""
@@ -193,6 +211,11 @@ class StyleTransfer(Recipe):
         self._goal = dataclasses.replace(config, **_TEXTBOOK) if textbook else config
 
     def begin_training(self, size: int) -> None:
+        if size < self.discriminator.smallest:
+            raise ValueError(
+                f"size: {self.name} needs at least {self.discriminator.smallest} px for this "
+                f"discriminator, got {size}"
+            )
         config = self.config
         self.extractor: nn.Module
         if config.extractor == "vgg19":

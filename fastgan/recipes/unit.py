@@ -71,6 +71,12 @@ class UNITConfig(RecipeConfig):
     lr_decay_every: int = 100_000
     """Steps between decays of the learning rate."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1, "width", "downsamplings", "residual_blocks", "lr_decay_every")
+        self._require(1, "discriminator_width", "discriminator_layers", "discriminator_scales")
+        self._require(0, "latent_noise")
+
 
 @dataclasses.dataclass
 class _Translations:
