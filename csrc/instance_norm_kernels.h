@@ -95,8 +95,8 @@ FASTGAN_CLONES void tile_moments(const float* x, int64_t stride, const float* sh
   }
 }
 
-// --- Normalisation: y = act((x - shift - centre) gain + offset) + residual
-// ------------------------
+// --- Normalisation -------------------------------------------------------------------------------
+// y = act((x - shift - centre) gain + offset) + residual
 
 // Of one plane: shift its first pixel, centre the mean less that.
 struct Affine {
