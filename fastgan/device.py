@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
@@ -32,8 +32,14 @@ def choose_precision(requested: Precision | None, device: torch.device) -> Preci
     """The precision asked for; else bf16 on GPUs of capability 8.0 on, fp16 below, fp32 elsewhere.
 
     `torch.cuda.is_bf16_supported` would count emulation, so the capability is what is asked.
+
+    Raises:
+        ValueError: there is no such precision.
     """
     if requested is not None:
+        if requested not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ValueError(f"precision must be one of {known}, got {requested!r}")
         return requested
     if device.type != "cuda":
         return "fp32"

@@ -94,6 +94,8 @@ def export(
 
 
 def _format(out: Path, format: Format | None) -> Format:
+    if format is not None and format not in _ENDINGS:
+        raise ValueError(f"format: must be one of {', '.join(_ENDINGS)}, got {format!r}")
     for name, ending in _ENDINGS.items():
         if out.suffix == ending and format in (None, name):
             return name

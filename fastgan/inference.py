@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -189,11 +190,11 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
     Source: of the mixing, Huang, Belongie, "Arbitrary Style Transfer in Real-time with Adaptive
     Instance Normalization", 2017.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if not (isinstance(alpha, Real) and 0.0 <= alpha <= 1.0):
+        raise ValueError(f"alpha must be a number in [0, 1], got {alpha!r}")
     for name, count in (("batch_size", batch_size), ("max_side", max_side)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
     styles = [_pictures_of(entry) for entry in _as_list(style)]
     weights = _normalised(style_weights, len(styles))
     targets: dict[Path, Path] = {}
@@ -297,7 +298,10 @@ def _check_batches(content: Any, styles: Iterable[Picture]) -> None:
 
 def _normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     """One weight per style, of sum 1."""
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    try:
+        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise TypeError(f"style_weights must be a list of numbers, got {weights!r}") from None
     if len(given) != count:
         raise ValueError(
             f"style_weights must be one number per style, {count} here, got {len(given)}"

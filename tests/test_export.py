@@ -228,6 +228,10 @@ class TestCommandLine:
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
 
+    def test_unknown_format(self) -> None:
+        with pytest.raises(ValueError, match=r"^format: must be one of onnx, .* got 'tflite'"):
+            export.export("model.onnx", format="tflite")  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("format", FORMATS)
     def test_out_that_cannot_be_written(
         self, checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, format: str

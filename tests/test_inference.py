@@ -534,9 +534,10 @@ class TestWrongArguments:
 
         return call
 
-    @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
-    def test_alpha(self, refused: Callable[..., object], alpha: float) -> None:
-        refused(ValueError, alpha=alpha)
+    @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan"), "1", torch.ones(2)])
+    def test_alpha(self, refused: Callable[..., object], alpha: object) -> None:
+        caught = refused(ValueError, alpha=alpha)
+        assert str(caught.value).startswith("alpha must be a number in [0, 1], got ")
 
     def test_weights(self, refused: Callable[..., object], folders: Pictures) -> None:
         styles = [folders.style / "0.png", folders.style / "1.png"]
@@ -545,6 +546,9 @@ class TestWrongArguments:
             caught = refused(ValueError, style=styles, style_weights=weights)
             assert str(caught.value).startswith("style_weights must be ")
         refused(ValueError, style=None, style_weights=[1.0])
+        for weights in (1.0, ["half", "half"]):
+            caught = refused(TypeError, style=styles, style_weights=weights)
+            assert str(caught.value).startswith("style_weights must be a list of numbers, got ")
 
     def test_direction(self, refused: Callable[..., object]) -> None:
         caught = refused(ValueError, direction="AtoB")
@@ -552,7 +556,9 @@ class TestWrongArguments:
 
     def test_counts(self, refused: Callable[..., object]) -> None:
         refused(ValueError, batch_size=0)
+        refused(ValueError, batch_size=1.5)
         refused(ValueError, max_side=0)
+        refused(ValueError, max_side="256")
 
     def test_what_is_no_picture(self, run: Path, tmp_path: Path) -> None:
         for shape in ((9, 9), (1, 9, 9), (3, 0, 9), (1, 1, 3, 9, 9)):
@@ -619,5 +625,7 @@ class TestWrongArguments:
         refused(CheckpointError, checkpoint=tmp_path / "zip.pth")
         assert not (tmp_path / "executed").exists()
 
-    def test_device(self, refused: Callable[..., object]) -> None:
+    def test_device_and_precision(self, refused: Callable[..., object]) -> None:
         refused(ValueError, device="toaster")
+        caught = refused(ValueError, precision="fp8")
+        assert str(caught.value) == "precision must be one of fp32, bf16, fp16, got 'fp8'"

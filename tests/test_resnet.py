@@ -138,15 +138,15 @@ def test_what_is_no_generator_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
-    refused([1, 2], "no state dict, but list")
-    refused({"epoch": 3}, "no state dict, but dict")
+    refused([1, 2], "no state dict of tensors alone, but another list")
+    refused({"epoch": 3}, "no state dict of tensors alone, but another dict")
     refused({}, "no resnet generator")
     refused({**state, "model.30.weight": torch.ones(1)}, r"unknown entry model\.30\.weight")
     refused(torch.nn.Conv2d(3, 4, 3).state_dict(), "unknown entry weight")
     del state["model.12.weight"]
     refused(state, r"Missing key.* \"up1\.weight\"")
     refused(PublicGenerator(4, 2).double().requires_grad_(False), "read safely")
-    refused(_Payload(), "read safely")
+    refused(_Payload(), "read safely: it is no pickle, or one of more than tensors$")
     path.write_bytes(pickle.dumps(_Payload(), protocol=2))
     with pytest.raises(ValueError, match="read safely"):
         load_cyclegan_generator(path)
@@ -156,6 +156,11 @@ def test_what_is_no_generator_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileNotFoundError):
         load_cyclegan_generator(tmp_path / "nowhere.pth")
+
+
+def test_a_generator_has_blocks() -> None:
+    with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
+        ResnetGenerator(4, 0)
 
 
 def test_size_and_range() -> None:

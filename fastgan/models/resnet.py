@@ -37,6 +37,8 @@ class ResidualBlocks(nn.ModuleList):
     """Blocks in a row, at least one: from x padded by 1 to the result without padding."""
 
     def __init__(self, channels: int, blocks: int) -> None:
+        if blocks < 1:  # which would leave the padding where it is
+            raise ValueError(f"blocks must be at least 1, got {blocks}")
         super().__init__(ResidualBlock(channels) for _ in range(blocks))
 
     def forward(self, padded: Tensor) -> Tensor:
@@ -114,10 +116,14 @@ def load_cyclegan_generator(path: str | os.PathLike[str]) -> ResnetGenerator:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to unpickle it all the same
+            reason = "it is no pickle, or one of more than tensors"
+        else:
+            reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: holds no weights that can be read safely: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict, but {type(state).__name__}")
+        kind = type(state).__name__
+        raise ValueError(f"{path}: holds no state dict of tensors alone, but another {kind}")
     return _from_cyclegan(state, Path(path))
 
 
