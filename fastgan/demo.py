@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastgan import drawing
-from fastgan.images import save_image, to_float
+from fastgan.images import load_image, save_image, to_float
 from fastgan.inference import load_recipe
 from fastgan.metrics import gram_distance, structure_correlation
 from fastgan.models.features import RandomFeatures, grey
@@ -173,9 +173,7 @@ def _write_pictures(out: Path) -> None:
 
 def _load(path: Path) -> Tensor:
     """[1,3,H,W] with a shorter side of 256 pixels."""
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
-    return to_float(TF.resize(pixels, [_SIDE], antialias=True))
+    return to_float(TF.resize(load_image(path)[None], [_SIDE], antialias=True))
 
 
 # --- Results ------------------------------------------------------------------------------------

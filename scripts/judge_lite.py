@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastgan import drawing
-from fastgan.images import save_image, to_float
+from fastgan.images import from_pil, save_image, to_float
 from fastgan.inference import load_recipe
 from fastgan.metrics import gram_distance, structure_correlation
 from fastgan.models.features import RandomFeatures, grey
@@ -95,7 +95,7 @@ def distance(images: Tensor, styles: Tensor, judge: RandomFeatures) -> float:
 
 def tensor(picture: Image.Image) -> Tensor:
     """[1,3,H,W] in [-1, 1]."""
-    return to_float(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None])
+    return to_float(from_pil(picture)[None])
 
 
 def columns(content: Tensor, styles: list[Tensor], results: list[Tensor]) -> Tensor:
