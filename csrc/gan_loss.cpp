@@ -5,7 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <optional>
+#include <algorithm>
 
 #ifdef FASTGAN_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -296,8 +296,8 @@ class GanLoss : public torch::autograd::Function<GanLoss> {
 };
 
 bool recorded(TensorList tensors) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.requires_grad(); });
+  const auto requires_grad = [](const Tensor& x) { return x.requires_grad(); };
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), requires_grad);
 }
 
 std::tuple<Tensor, Tensor> gan_loss_autograd(TensorList real, TensorList fake,

@@ -103,7 +103,7 @@ def _format(out: Path, format: Format | None) -> Format:
     raise ValueError(f"out: must end in {wanted}, got {out}")
 
 
-class _Generator(nn.Module):
+class _Generator(nn.Module, abc.ABC):
     """What is exported, and how its inputs look."""
 
     axes: ClassVar[dict[str, dict[int, str]]]
