@@ -342,8 +342,7 @@ def _swaps(model: nn.Module) -> Iterator[_Swap]:
         for i, (slot, module) in enumerate(slots):
             if slot in absorbed or not isinstance(module, nn.InstanceNorm2d | nn.ReflectionPad2d):
                 continue
-            runs_in_order = type(parent).forward is nn.Sequential.forward
-            following = dict(slots[i + 1 :]) if runs_in_order else {}
+            following = dict(slots[i + 1 :]) if _runs_in_order(parent) else {}
             full_name = f"{name}.{slot}" if name else slot
             swap = _swap(replacements, full_name, parent, slot, module, following)
             absorbed.update(swap.absorbed)
@@ -386,6 +385,16 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def _runs_in_order(parent: nn.Module) -> bool:
+    """Whether its modules run one after the other, which only an ``nn.Sequential`` promises."""
+    return type(parent).forward is nn.Sequential.forward and not _has_own_forward(parent)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a library has put something else in the place of this one module's forward."""
+    return "forward" in vars(module)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return any(
         (
@@ -393,6 +402,7 @@ def _has_hooks(module: nn.Module) -> bool:
             module._forward_pre_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
+            _has_own_forward(module),
         )
     )
 

@@ -193,6 +193,20 @@ def test_what_must_stay_stays() -> None:
     assert all(entry.becomes is None for entry in conversion_report(fused))
 
 
+def test_a_forward_put_in_place_of_the_modules_own_is_kept() -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(3), nn.Sequential(nn.InstanceNorm2d(3), nn.ReLU()))
+    plain, backwards = model[0].forward, model[1]
+    model[0].forward = lambda x: plain(x) + 1
+    backwards.forward = lambda x: backwards[0](backwards[1](x))
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    assert [str(entry) for entry in conversion_report(model)] == [
+        "0: InstanceNorm2d stays: has hooks, which see its input or output",
+        "1.0: InstanceNorm2d -> fastgan.nn.InstanceNorm2d",
+    ]
+    assert_close(convert(model)(x), expected.double())
+
+
 def test_shared_modules_stay_shared() -> None:
     norm, relu = nn.InstanceNorm2d(3, affine=True), nn.ReLU()
     model = nn.Sequential(
