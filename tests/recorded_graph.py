@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ResultT = TypeVar("ResultT")
 
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+# The last makes a tensor of numbers in Python: on a GPU, a copy that the host waits for.
+_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::lift_fresh")
 
 
 class SyncWatch(TorchDispatchMode):

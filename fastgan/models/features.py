@@ -175,9 +175,9 @@ def grey(images: Tensor) -> Tensor:
 
 def brightness(images: Tensor) -> Tensor:
     """Luma of RGB pictures [B,3,H,W] after ITU-R BT.601, the Y of YIQ: [B,1,H,W], at least fp32."""
-    images = widen(images)
-    weights = images.new_tensor(_BRIGHTNESS)[:, None, None]
-    return (images * weights).sum(1, keepdim=True)
+    red, green, blue = widen(images).split(1, 1)
+    # Numbers, not a tensor of them: bringing that to a GPU would make the host wait for it.
+    return _BRIGHTNESS[0] * red + _BRIGHTNESS[1] * green + _BRIGHTNESS[2] * blue
 
 
 def _natural_noise(size: int, generator: torch.Generator) -> Tensor:
