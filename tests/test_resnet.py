@@ -104,7 +104,7 @@ def test_a_folder_of_the_public_code_stylizes(
             nn.init.normal_(module.weight, std=0.1)
     photo = tmp_path / "photo.png"
     save_image(torch.rand(3, 24, 32) * 2 - 1, photo)
-    flags = ["--checkpoint", str(tmp_path), "--content", str(photo)]
+    flags = ["--checkpoint", str(tmp_path), "--content", str(photo), "--device", "cpu"]
     for direction, name in (("AtoB", "A"), ("BtoA", "B")):
         torch.save(public[name].state_dict(), tmp_path / f"latest_net_G_{name}.pth")
         out = tmp_path / f"{name}.png"

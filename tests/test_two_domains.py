@@ -44,7 +44,7 @@ def train(recipe: str, data: Path, out: Path, *more: str) -> int:
     return cli.main(
         [
             "train", recipe, "--data", str(data), "--out", str(out), "--steps", "2",
-            "--workers", "0", *tiny_flags(recipe), *more,
+            "--workers", "0", "--device", "cpu", *tiny_flags(recipe), *more,
         ]
     )  # fmt: skip
 
@@ -98,6 +98,7 @@ def test_command_line(
     assert "--direction AtoB" in capsys.readouterr().out
     photo = data / "trainA" / "1.png"
     command = ["stylize", "--checkpoint", str(run), "--content", str(photo), "--out", str(out)]
+    command += ["--device", "cpu"]
     assert cli.main([*command, "--direction", "BtoA"]) == 0
     recipe = load_recipe(run)
     with torch.no_grad():

@@ -310,7 +310,8 @@ def test_layer_norm(dtype: torch.dtype, offset: float, device: torch.device) -> 
     ours = torch.autograd.grad((actual * weights.to(dtype)).sum(), [x, *norm.parameters()])
     theirs = torch.autograd.grad((expected * weights).sum(), [wide, *plain.parameters()])
     scale = 1 + offset  # what subtracting the mean costs
-    bound = {torch.float64: 1e-13, torch.float32: 1e-6}[dtype] * scale
+    rounding = 4 if device.type == "cuda" else 1  # whose roots and quotients are approximate
+    bound = {torch.float64: 1e-13, torch.float32: 1e-6}[dtype] * scale * rounding
     for got, wanted in zip([actual, *ours], [expected, *theirs], strict=True):
         error = (got.double() - wanted).abs().max() / wanted.abs().max()
         assert error.item() <= bound
