@@ -1,5 +1,6 @@
 """Which fastgan is tested, with which implementations, on which device."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -55,6 +56,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flags are tyro's, which the rest of fastgan does without."""
+    if importlib.util.find_spec("tyro") is None:
+        reason = "the command line needs the extra [train]"
+        monkeypatch.setattr("fastgan.cli.main", lambda *arguments: pytest.skip(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from fastgan import cli
 from fastgan.recipes import RECIPES, AdamSettings, Batch, Preset, Recipe, RecipeConfig
 
-for _needed in ("PIL", "safetensors", "tensorboard", "torchvision", "tqdm", "tyro"):
+for _needed in ("PIL", "safetensors", "tensorboard", "torchvision", "tqdm"):
     pytest.importorskip(_needed, reason="needs the extra [train]")
 
 

@@ -62,6 +62,7 @@ def run_and_signal(
     arguments: list[str], step: int, signum: int
 ) -> subprocess.CompletedProcess[str]:
     """`fastgan train` in a process of its own that sends itself `signum` in `step`."""
+    pytest.importorskip("tyro", reason="the command line needs the extra [train]")
     script = Path(__file__).with_name("dummy_recipe.py")
     root = str(script.parent.parent)
     return subprocess.run(
