@@ -306,13 +306,11 @@ def _bwd_tile(
 
 
 # --- Kernels ------------------------------------------------------------------------------------
-# Tuples have one entry per layer. No number specialises the code, constants apart, so that images
-# of another size need no compilation.
+# Tuples have one entry per layer. Triton specialises the numbers in them like any others, as ones
+# (which arrive as constants, without methods), multiples of 16 or neither.
 
 
-@triton.jit(
-    do_not_specialize=["batches", "splits", "positions", "batch_strides", "strides", "scales"]
-)
+@triton.jit
 def gram_partial_kernel(
     features,  # [B, C, P] by strides
     out,  # [B, splits, tiles, BLOCK_C, BLOCK_C], layer after layer; [B, C, C] if WHOLE
@@ -352,10 +350,10 @@ def gram_partial_kernel(
                 WHOLE,
             )
         program -= programs
-        out += programs.to(tl.int64) * (BLOCK_C[layer] * BLOCK_C[layer])
+        out += tl.cast(programs, tl.int64) * (BLOCK_C[layer] * BLOCK_C[layer])
 
 
-@triton.jit(do_not_specialize=["batches", "splits", "target_strides", "scales", "weights"])
+@triton.jit
 def gram_finish_kernel(
     partials,  # [B, splits, tiles, BLOCK_C, BLOCK_C], layer after layer
     out,  # [B, C, C], layer after layer: Gram matrices, or their differences from targets
@@ -391,12 +389,13 @@ def gram_finish_kernel(
             if losses is not None:
                 tl.store(losses + tl.program_id(0), weights[layer] * loss)
         program -= programs
-        tiles = batches[layer].to(tl.int64) * splits[layer] * _tiles(C[layer], BLOCK_C[layer])
+        b = tl.cast(batches[layer], tl.int64)
+        tiles = b * splits[layer] * _tiles(C[layer], BLOCK_C[layer])
         partials += tiles * (BLOCK_C[layer] * BLOCK_C[layer])
-        out += batches[layer].to(tl.int64) * (C[layer] * C[layer])
+        out += b * (C[layer] * C[layer])
 
 
-@triton.jit(do_not_specialize=["batches", "coefficients"])
+@triton.jit
 def gram_symmetrize_kernel(
     upstream,  # [] or None
     grads,  # [B, C, C], layer after layer
@@ -428,22 +427,13 @@ def gram_symmetrize_kernel(
                 BLOCK[layer],
             )
         program -= programs
-        b = batches[layer].to(tl.int64)
+        b = tl.cast(batches[layer], tl.int64)
         grads += b * (C[layer] * C[layer])
         factors += b * (PADDED[layer] * PADDED[layer])
         row_scales += b * PADDED[layer]
 
 
-@triton.jit(
-    do_not_specialize=[
-        "batches",
-        "positions",
-        "batch_strides",
-        "strides",
-        "grad_batch_strides",
-        "grad_strides",
-    ]
-)
+@triton.jit
 def gram_bwd_kernel(
     features,  # [B, C, P] by strides
     grads,  # [B, C, P] by strides
@@ -492,7 +482,7 @@ def gram_bwd_kernel(
                 PRECISION,
             )
         program -= programs
-        b = batches[layer].to(tl.int64)
+        b = tl.cast(batches[layer], tl.int64)
         factors += b * (PADDED[layer] * PADDED[layer])
         row_scales += b * PADDED[layer]
 
