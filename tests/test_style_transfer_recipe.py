@@ -320,6 +320,7 @@ def test_losses_are_fp32_and_finite_under_autocast(dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"objective": "text"}, "^objective must be one of default, textbook, got 'text'"),
         ({"width": 0}, "^width must be at least 1, got 0"),
         ({"encoder_blocks": -1}, "^encoder_blocks must be at least 0, got -1"),
         ({"weight_style": -1.0}, "^weight_style must be at least 0, got -1"),

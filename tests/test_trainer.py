@@ -573,6 +573,7 @@ class TestConfig:
             (Training, "batch_size", 0),
             (Training, "seed", -1),
             (Training, "ema_decay", 1.0),
+            (Training, "engine", "fast"),
         ],
     )
     def test_bad_values(self, section: Any, field: str, value: Any) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,17 @@ class RecipeConfig:
     JSON); each is a command-line flag of the same name, and the string below a field is its help.
 
     Raises:
-        ValueError: a field whose name begins with ``weight_`` or ``lr`` is negative, or one that a
-            subclass looks at does not serve; names it.
+        ValueError: a field whose name begins with ``weight_`` or ``lr`` is negative, one is none of
+            its `Literal`, or one that a subclass looks at does not serve; names it.
     """
 
     def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
-        self._require(0, *(name for name in names if name.startswith(("weight_", "lr"))))
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if name.startswith(("weight_", "lr")):
+                self._require(0, name)
+            if get_origin(kind) is Literal and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     def _require(self, least: float, *names: str) -> None:
         for name in names:

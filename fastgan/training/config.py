@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fastgan.device import Precision
 from fastgan.recipes import Recipe, RecipeConfig
@@ -90,6 +90,9 @@ class Training:
         _require("batch_size", self.batch_size, at_least=1)
         _require("accumulate", self.accumulate, at_least=1)
         _require("seed", self.seed, at_least=0)
+        if self.engine not in get_args(EngineName):
+            engines = ", ".join(get_args(EngineName))
+            raise ValueError(f"engine must be one of {engines}, got {self.engine!r}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
