@@ -113,6 +113,11 @@ def layer_weights(
     return [float(weight) for weight in weights]
 
 
+def or_one(batch: int) -> str:
+    """The sizes a batch may have that is to match another, or one picture for all of it."""
+    return "1" if batch == 1 else f"{batch} or 1"
+
+
 def label(name: str, index: int, count: int) -> str:
     """``features[2]`` in a list of several layers, ``features`` alone."""
     return f"{name}[{index}]" if count > 1 else name

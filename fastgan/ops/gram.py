@@ -125,8 +125,8 @@ def _check_layer(op: str, index: int, count: int, x: Tensor, target: Tensor) -> 
     if not (fits and target.shape[1:] == (channels, channels)):
         hint = "; pass gram_matrix(style_features)" if target.ndim == 4 else ""
         raise ValueError(
-            f"{op}: {target_name} must be [{batch} or 1, {channels}, {channels}] to match {name}, "
-            f"got {_checks.shape(target)}{hint}"
+            f"{op}: {target_name} must be [{_checks.or_one(batch)}, {channels}, {channels}] "
+            f"to match {name}, got {_checks.shape(target)}{hint}"
         )
 
 

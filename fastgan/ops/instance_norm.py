@@ -412,7 +412,7 @@ def _check_batch_and_channels(
     batch, channels = x.shape[:2]
     rank = pattern.count(",") + 1
     if value.ndim != rank or value.shape[0] not in (1, batch) or value.shape[1] != channels:
-        expected = pattern.format(f"{batch} or 1", channels)
+        expected = pattern.format(_checks.or_one(batch), channels)
         raise ValueError(
             f"{op}: {name} must be {expected} to match {first_name}, got {_checks.shape(value)}"
         )
