@@ -97,11 +97,14 @@ def _load_checkpoint(path: Path) -> Recipe:
             raise ValueError(f"checkpoint: no run with a checkpoint in {path}")
         path = newest
     state = checkpoints.load(path)
-    if not isinstance(state, dict) or not {"recipe", "config", "networks", "average"} <= set(state):
+    parts = {"recipe": str, "config": dict, "networks": dict, "average": dict}
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in parts.items()
+    ):
         raise ValueError(f"{path}: holds no trained networks")
     try:
         kind = recipe_class(state["recipe"])
-        recipe = kind(from_json(kind.config_class, state["config"]["recipe"], "config.recipe"))
+        recipe = kind(from_json(kind.config_class, state["config"].get("recipe"), "config.recipe"))
         recipe.load_state_dict({**_of_training_alone(recipe), **state["networks"]})
         # Apart, because a weight that networks share has one name here and two names there.
         recipe.load_state_dict(state["average"], strict=False)

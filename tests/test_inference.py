@@ -606,6 +606,10 @@ class TestWrongArguments:
             "config": {"config": {"recipe": {"future": 1}}},
             "width": {"config": {"recipe": {"width": 3}}},
             "none": {"networks": None},
+            "number": {"recipe": 3},
+            "list": {"config": [1]},
+            "empty": {"config": {"training": {}}},
+            "tuple": {"average": (1,)},
         }.items():
             path = tmp_path / f"{name}.safetensors"
             changed = {key: value for key, value in {**state, **change}.items() if value}
