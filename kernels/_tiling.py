@@ -38,6 +38,7 @@ class Tiling(NamedTuple):
     block_c: int
     block_p: int
     num_warps: int
+    maxnreg: int | None  # registers of a thread; None: ptxas weighs them against programs
     blocks: int  # programs that cover all planes
     run: int  # positions that one program reduces
     splits: int  # programs that reduce one plane
@@ -76,6 +77,11 @@ def warps(tile: int, per_thread: int) -> int:
     return min(max(tile // (32 * per_thread), 4), 16)
 
 
+def registers(num_warps: int, wide: bool) -> int | None:
+    """What a multiprocessor has, for addresses: ptxas would spill some to run more programs."""
+    return None if wide else min(65536 // (32 * num_warps), 255)
+
+
 @functools.lru_cache(maxsize=4096)
 def stats_tiling(
     channels_last: bool, B: int, C: int, HW: int, itemsize: int, wide: bool, processors: int
@@ -90,7 +96,10 @@ def stats_tiling(
     run = cdiv(cdiv(HW, splits), block_p) * block_p
     splits = cdiv(HW, run)
     mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, per_thread)
-    return Tiling(mode.value, block_c, block_p, num_warps, blocks, run, splits, run, splits)
+    return Tiling(
+        mode.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks, run, splits,
+        run, splits,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -110,10 +119,11 @@ def norm_tiling(
         if block_c * block_p <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
             blocks = plane_blocks(channels_last, B, C, block_c)
             shared = block_c > 1 and block_c * block_p <= TILE  # each plane takes an address, too
-            num_warps = warps(block_c * block_p, 16 if shared or not wide else 32)
+            num_warps = warps(block_c * block_p, 8 if not wide else 16 if shared else 32)
             return Tiling(
-                RESIDENT.value, block_c, block_p, num_warps, blocks, block_p, 1, block_p, 1
-            )
+                RESIDENT.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks,
+                block_p, 1, block_p, 1,
+            )  # fmt: skip
     elif not channels_last:  # whose rows are read at an offset
         wide = False
     tiling = stats_tiling(channels_last, B, C, reduced, itemsize, wide, processors)
@@ -121,8 +131,11 @@ def norm_tiling(
     enough = processors if reduced <= RESIDENT_TILE else 2 * processors
     if blocks >= enough or tiling.splits == 1:
         run, chunk = (cdiv(n, block_p) * block_p for n in (reduced, written))
-        num_warps = warps(block_c * block_p, 8)
-        return Tiling(SWEEP.value, block_c, block_p, num_warps, blocks, run, 1, chunk, 1)
+        num_warps = warps(block_c * block_p, 16 if wide and itemsize == 4 else 8)
+        return Tiling(
+            SWEEP.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks, run, 1,
+            chunk, 1,
+        )  # fmt: skip
     chunks = min(cdiv(PROGRAMS * processors, blocks), cdiv(written, block_p))
     chunk = cdiv(cdiv(written, chunks), block_p) * block_p
     return tiling._replace(chunk=chunk, chunks=cdiv(written, chunk))
@@ -169,6 +182,7 @@ class MapTiling(NamedTuple):
     block_c: int
     block_p: int
     num_warps: int
+    maxnreg: int | None
     blocks: int  # programs that cover all planes
     chunks: int  # programs that write one plane
 
@@ -179,4 +193,5 @@ def map_tiling_of(out: Tensor, channels_last: bool, wide: bool) -> MapTiling:
     tile, per_thread = (TILE, 8) if wide else (TILE // 2, 4)
     block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size(), tile)
     blocks, chunks = plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
-    return MapTiling(block_c, block_p, warps(block_c * block_p, per_thread), blocks, chunks)
+    num_warps = warps(block_c * block_p, per_thread)
+    return MapTiling(block_c, block_p, num_warps, registers(num_warps, wide), blocks, chunks)

@@ -104,7 +104,7 @@ def adain_fwd(
             style_planes, style_HW, style_tiling.run, style_tiling.splits, *style_strides[1:],
             CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p,
             STYLE_CHANNELS_LAST=style_strides.channels_last, STYLE_BLOCK_C=style_tiling.block_c,
-            STYLE_BLOCK_P=style_tiling.block_p, num_warps=tiling.num_warps,
+            STYLE_BLOCK_P=style_tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
         )  # fmt: skip
         normalise(
             x, strides, tiling, y, None, None, None, alpha, partials, centre, rstd,

@@ -388,7 +388,7 @@ def instance_norm_fwd(
                 x, partials, None, B * C, C, HW, tiling.run, tiling.splits, *strides[1:], eps, dof,
                 PARTIAL=True, ONE_TILE=tiling.run == tiling.block_p,
                 CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c,
-                BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+                BLOCK_P=tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
             )  # fmt: skip
         normalise(
             x, strides, tiling, y, residual, weight, bias, alpha, partials, centre, rstd,
@@ -438,7 +438,7 @@ def normalise(
         STYLE_SPLITS=next_power_of_2(style_splits), BLEND=per_image or alpha != 1.0,
         ALPHA_PER_IMAGE=per_image, ACTIVATED=slope != 1.0, PAD=pad,
         CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p,
-        num_warps=tiling.num_warps,
+        num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
     )  # fmt: skip
     if out is not y:
         y.copy_(out)
@@ -492,6 +492,7 @@ def instance_norm_bwd(
                 tiling.splits, weight_stride, bias_stride, *strides[1:], slope,
                 ACTIVATED=slope != 1.0, PAD=pad, CHANNELS_LAST=strides.channels_last,
                 BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+                maxnreg=tiling.maxnreg,
             )  # fmt: skip
         instance_norm_bwd_kernel[(tiling.blocks * tiling.chunks,)](
             x, grad, out, weight, bias, alpha, partials, sums, centre, rstd, planes, C, HW, W,
@@ -500,7 +501,7 @@ def instance_norm_bwd(
             MODE=tiling.mode, SPLITS=next_power_of_2(tiling.splits),
             BLEND=per_image or alpha != 1.0, ALPHA_PER_IMAGE=per_image, ACTIVATED=slope != 1.0,
             PAD=pad, CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c,
-            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
         )  # fmt: skip
     if out is not grad_x:
         grad_x.copy_(out)

@@ -274,7 +274,7 @@ def instance_stats_fwd(x: Tensor, mean: Tensor, std: Tensor, eps: float, correct
             x, out, std, planes, C, HW, tiling.run, tiling.splits, *strides[1:], eps, dof,
             PARTIAL=split, ONE_TILE=tiling.run == tiling.block_p,
             CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p,
-            num_warps=tiling.num_warps,
+            num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
         )  # fmt: skip
         if split:
             instance_stats_merge_kernel[(cdiv(planes, 32),)](
@@ -309,6 +309,7 @@ def instance_stats_bwd(
             x, out, grad_mean, grad_std, mean, std, B * C, copies, C, HW, tiling.chunks,
             *strides[1:], float(HW - correction), CHANNELS_LAST=strides.channels_last,
             BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+            maxnreg=tiling.maxnreg,
         )  # fmt: skip
     if out is not grad_x:
         grad_x.copy_(out)

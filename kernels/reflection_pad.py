@@ -165,7 +165,7 @@ def reflection_pad2d_fwd(x: Tensor, y: Tensor, padding: tuple[int, int, int, int
         reflection_pad2d_fwd_kernel[(tiling.blocks * tiling.chunks,)](
             x, out, B * C, C, H, W, y.shape[3], y.shape[2:].numel(), left, top, tiling.chunks,
             *strides[1:], CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c,
-            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
         )  # fmt: skip
     if out is not y:
         y.copy_(out)
@@ -191,7 +191,7 @@ def reflection_pad2d_bwd(grad: Tensor, grad_x: Tensor, padding: tuple[int, int, 
         reflection_pad2d_bwd_kernel[(tiling.blocks * tiling.chunks,)](
             grad, out, B * C, C, H, W, grad.shape[3], grad.shape[2:].numel(), *padding,
             tiling.chunks, CHANNELS_LAST=channels_last, BLOCK_C=tiling.block_c,
-            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps,
+            BLOCK_P=tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
         )  # fmt: skip
     if out is not grad_x:
         grad_x.copy_(out)

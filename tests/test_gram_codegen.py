@@ -1,8 +1,8 @@
 """Every configuration that the Gram kernels' table holds, compiled without a GPU.
 
 The rows are found by asking the table about every number of channels, so that a new row is
-compiled, too. A test run compiles each kernel for one of the capabilities that it serves, and
-leaves out float16 and part of the narrow accesses; `make codegen` compiles all for all.
+compiled, too. A test run compiles each kernel for sm_90 and one other of the capabilities that it
+serves, and leaves out float16 and part of the narrow accesses; `make codegen` compiles all for all.
 """
 
 import itertools

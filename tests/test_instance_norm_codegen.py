@@ -1,8 +1,8 @@
 """Every configuration that the tables for image planes hold, compiled without a GPU.
 
 The rows are found by asking the tables about sizes from tiny to large, so that a new row is
-compiled, too. A test run compiles each kernel for one of the capabilities, and leaves out float16,
-shifted addresses and tiles that are not full; `make codegen` compiles all for all.
+compiled, too. A test run compiles each kernel for sm_90 and one other capability, and leaves out
+float16, shifted addresses and tiles that are not full; `make codegen` compiles all for all.
 """
 
 import itertools
@@ -115,8 +115,8 @@ def used(op: str, x: Tensor) -> list[Any]:
 def code(tiling: Any) -> tuple[Any, ...]:
     """What of a tiling is a constant of the code, the number of splits aside."""
     if not hasattr(tiling, "splits"):
-        return tiling[:3]
-    return *tiling[:4], tiling.splits > 1, tiling.run == tiling.block_p
+        return tiling[:4]
+    return *tiling[:5], tiling.splits > 1, tiling.run == tiling.block_p
 
 
 def feature_map(

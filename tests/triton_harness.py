@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
-# Whether every kernel is compiled for all of these, as `make codegen` has it, or each for one.
+# Whether every kernel is compiled for all of these, as `make codegen` has it, or each for two.
 COMPLETE = os.environ.get("FASTGAN_CODEGEN") == "complete"
 # Shared memory that one block may ask for, bytes.
 SHARED_LIMIT = {
@@ -358,7 +358,7 @@ def compile_launches(
 ) -> list[Compiled]:
     """Compile every launch that `launches()` of the file at `path` makes, in a child process.
 
-    Each for every capability or, if `spread`, for one that follows from its name. Where the name
+    Each for every capability or, if `spread`, for 90 and one that follows from its name. Where the name
     of a launch matches `sass`, its machine code is disassembled (slower).
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -386,7 +386,9 @@ def _main() -> None:
         own = [
             (name, launch)
             for name, launch in launches
-            if not options.spread or zlib.crc32(name.encode()) % len(options.capabilities) == i
+            if not options.spread
+            or capability == 90
+            or zlib.crc32(name.encode()) % len(options.capabilities) == i
         ]
         jobs = _jobs(own, capability)
         _queue.extend((job, re.search(options.sass, job.launch) is not None) for job in jobs)
