@@ -12,6 +12,33 @@ from fastgan.kernels.instance_stats import instance_stats_fwd, moments, store_pa
 
 
 @triton.jit
+def _store_moments(
+    x,
+    partials,
+    program,
+    planes,
+    C,
+    HW,
+    run,
+    splits,
+    stride_b,
+    stride_c,
+    stride_p,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The partial moments of a block of planes and a run of positions."""
+    split = program % splits
+    plane, b, c, exists = plane_block(program // splits, planes, C, CHANNELS_LAST, BLOCK_C)
+    begin = begin_strided(b, c, stride_b, stride_c)
+    shift, mean, m2 = moments(
+        x, begin, exists, split * run, run, HW, stride_p, False, BLOCK_C, BLOCK_P
+    )
+    store_partials(partials, plane, exists, planes, split, shift, mean, m2)
+
+
+@triton.jit
 def adain_moments_kernel(
     content,  # [B, C, HW] by strides
     style,  # [B or 1, C, style_HW] by strides
@@ -42,26 +69,18 @@ def adain_moments_kernel(
 ):
     """The partial moments of two feature maps in one launch."""
     program = tl.program_id(0)
+    # By calls: what a branch itself assigns must have the same shape in the other.
     if program < programs:
-        split = program % splits
-        plane, b, c, exists = plane_block(program // splits, planes, C, CHANNELS_LAST, BLOCK_C)
-        begin = begin_strided(b, c, stride_b, stride_c)
-        shift, mean, m2 = moments(
-            content, begin, exists, split * run, run, HW, stride_p, False, BLOCK_C, BLOCK_P
-        )
-        store_partials(partials, plane, exists, planes, split, shift, mean, m2)
-    else:
-        program -= programs
-        split = program % style_splits
-        plane, b, c, exists = plane_block(
-            program // style_splits, style_planes, C, STYLE_CHANNELS_LAST, STYLE_BLOCK_C
-        )
-        begin = begin_strided(b, c, style_stride_b, style_stride_c)
-        shift, mean, m2 = moments(
-            style, begin, exists, split * style_run, style_run, style_HW, style_stride_p, False,
-            STYLE_BLOCK_C, STYLE_BLOCK_P,
+        _store_moments(
+            content, partials, program, planes, C, HW, run, splits, stride_b, stride_c, stride_p,
+            CHANNELS_LAST, BLOCK_C, BLOCK_P,
         )  # fmt: skip
-        store_partials(style_partials, plane, exists, style_planes, split, shift, mean, m2)
+    else:
+        _store_moments(
+            style, style_partials, program - programs, style_planes, C, style_HW, style_run,
+            style_splits, style_stride_b, style_stride_c, style_stride_p,
+            STYLE_CHANNELS_LAST, STYLE_BLOCK_C, STYLE_BLOCK_P,
+        )  # fmt: skip
 
 
 def adain_fwd(

@@ -59,6 +59,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             accesses = "wide" if wide(op, x) else "narrow"
             name = f"{op} {accesses} {shape} {str(dtype)[6:]} {layout} {alignment}"
             yield name, partial(globals()[op], x)
+    for layout, of_style in itertools.product(FORMATS, FORMATS):
+        x = feature_map((1, 32, 256, 256), layout, torch.bfloat16)
+        style = feature_map((1, 32, 31, 33), of_style, torch.bfloat16)
+        yield f"adain {layout}, small style {of_style}", partial(adain, x, style)
     yield "distance", partial(distance, torch.empty(8, 256, device="meta"))
 
 
@@ -160,12 +164,13 @@ def padded_norm(x: Tensor) -> None:
     norm(x, pad=1)
 
 
-def adain(x: Tensor) -> None:
+def adain(x: Tensor, style: Tensor | None = None) -> None:
     from fastgan.ops import _triton as kernels
 
+    style = x if style is None else style
     plane = x.new_empty(x.shape[:2], dtype=torch.float32)
     y, alpha = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
-    kernels.adain_fwd(x, x, y, plane, plane, plane, plane, alpha, 1e-5, 1)
+    kernels.adain_fwd(x, style, y, plane, plane, plane, plane, alpha, 1e-5, 1)
     sums = x.new_empty((2, *plane.shape), dtype=torch.float32)
     kernels.instance_norm_bwd(
         y, x, torch.empty_like(x), sums, plane, plane, plane, plane, alpha, 1.0, 0, 1
