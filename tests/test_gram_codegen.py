@@ -38,6 +38,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             if width(x) < 16 and not COMPLETE:
                 continue
             yield f"{name} whole", whole(mode, x)
+            yield f"{name} of one image", both_ways(mode, [x[:1]])
             if x.shape[1] <= 64:  # which take the warps and stages of wider ones among them
                 wider = feature_map((8, 128, 64, 64), mode, layout)
                 yield f"{name} and a wider layer", both_ways(mode, [x, wider])
