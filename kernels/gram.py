@@ -595,9 +595,9 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
     )
     programs = [n * share for n, share in zip(tiles, shares, strict=True)]
     large = any(t.block_c == 128 for t in tilings)
-    # Three products for one take the registers of eight warps, unless copies are narrow.
     wide = all(x.align * itemsize == 16 for x in views)
-    thirds = precision == "tf32x3" and wide and any(t.block_c == 64 for t in tilings)
+    # Three products for one take the registers of eight warps.
+    thirds = precision == "tf32x3" and any(t.block_c == 64 for t in tilings)
     options = {"num_warps": 8 if large or thirds else 4, "num_stages": 3 if large else 4}
     if not (large and wide and all(t.padded == x.channels for x, t in layers)):
         # ptxas puts values on the stack to run more programs at once. Shared memory limits that
