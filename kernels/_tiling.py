@@ -116,12 +116,16 @@ def norm_tiling(
     """For kernels that reduce and then write planes, whose sizes differ where they pad."""
     if reduced == written:  # a padded image is gathered, which registers cannot
         block_c, block_p = resident_shape(channels_last, B * C, C, reduced, itemsize)
-        if block_c * block_p <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
+        resident = block_c * block_p
+        if resident <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
             blocks = plane_blocks(channels_last, B, C, block_c)
-            shared = block_c > 1 and (channels_last or block_c * block_p <= TILE)
-            # Each plane takes an address, too. Of a single one a thread can hold more.
-            per_thread = (16 if shared else 32) if wide else (8 if block_c * block_p < TILE else 16)
-            num_warps = warps(block_c * block_p, per_thread)
+            if not wide:
+                per_thread = 8 if resident < TILE else 16
+            elif block_c > 1 and (channels_last or resident <= TILE):  # planes take addresses, too
+                per_thread = 16
+            else:
+                per_thread = 32
+            num_warps = warps(resident, per_thread)
             return Tiling(
                 RESIDENT.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks,
                 block_p, 1, block_p, 1,

@@ -66,6 +66,17 @@ _TEXTURES = dataclasses.replace(
     weight_variation=1.0,
 )
 _STRENGTH = dataclasses.replace(_TEXTURES, weight_strength=10.0)
+_EVENNESS = dataclasses.replace(
+    _STRENGTH,
+    weight_texture=2.0,
+    weight_reconstruction=15.0,
+    weight_strength=20.0,
+    lr=5e-4,
+    lr_discriminator=2e-4,
+    lr_hold=3360,
+    lr_decay=0.0015,
+)
+_SMOOTHNESS = dataclasses.replace(_EVENNESS, weight_reconstruction=30.0, weight_variation=3.0)
 
 STAGES = (
     # Many styles per step and small crops: the palettes, which need steps more than pixels. An
@@ -73,8 +84,12 @@ STAGES = (
     Stage(2000, size=64, batch_size=8, ema_decay=0.999, losses=_PALETTES),
     # Larger crops: cleaner textures, less of them, and a strength that acts evenly.
     Stage(3061, size=128, batch_size=4, ema_decay=0.999, losses=_TEXTURES),
-    # The last steps, with an average that forgets the steps before them.
+    # With an average that forgets the steps before them.
     Stage(3360, size=128, batch_size=4, ema_decay=0.99, losses=_STRENGTH),
+    # The learning rate rises again. Strength 0 gives the picture back, every quarter more acts.
+    Stage(9000, size=128, batch_size=4, ema_decay=0.999, losses=_EVENNESS),
+    # Fewer coloured fringes.
+    Stage(11000, size=128, batch_size=4, ema_decay=0.999, losses=_SMOOTHNESS),
 )
 
 

@@ -17,7 +17,7 @@ from pretrain_lite import strip
 from fastgan import checkpoint
 from fastgan.inference import load_recipe, pretrained_checkpoint, stylize
 from fastgan.metrics import gram_distance, structure_correlation
-from fastgan.models.features import RandomFeatures
+from fastgan.models.features import RandomFeatures, grey
 from fastgan.recipes import Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.recipes.style_transfer import StyleTransfer, StyleTransferRecipeConfig
@@ -122,8 +122,17 @@ def test_photograph_comes_nearer_to_every_style(
         1 - distance(results[name], style) / distance(photograph, style)
         for name, style in styles.items()
     ]
-    assert min(drops) > 0.5  # 0.63 when it was made
-    assert statistics.median(drops) > 0.6  # 0.71
+    assert min(drops) > 0.7  # 0.76 when it was made
+    assert statistics.median(drops) > 0.72  # 0.78
+
+
+def test_grey_photograph_comes_nearer_to_every_grey_style(
+    photograph: Tensor, styles: dict[str, Tensor], results: dict[str, Tensor]
+):
+    """Where colours gain nothing, it is texture that does."""
+    for name, style in styles.items():
+        before, after = (distance(grey(x), grey(style)) for x in (photograph, results[name]))
+        assert after < before, name  # by 12 to 63 %
 
 
 def test_every_result_is_nearest_to_its_own_style(
@@ -134,40 +143,28 @@ def test_every_result_is_nearest_to_its_own_style(
         assert nearest == name
 
 
-def test_the_stronger_the_nearer(model: Recipe, styles: dict[str, Tensor]):
+def test_the_stronger_the_nearer(model: Recipe, photograph: Tensor, styles: dict[str, Tensor]):
     coffee = tensor(held_out_photographs()["coffee"].resize((300, 200)))
-    for name, style in styles.items():
+    for content, (name, style) in itertools.product((photograph, coffee), styles.items()):
         by_alpha = [
-            distance(stylize(coffee, style, checkpoint=model, alpha=alpha), style)
+            distance(stylize(content, style, checkpoint=model, alpha=alpha), style)
             for alpha in STRENGTHS
         ]
         assert by_alpha == sorted(by_alpha, reverse=True), name
-        assert by_alpha[-1] < 0.6 * by_alpha[0], name
-
-
-@pytest.mark.parametrize("name", ["immunohistochemistry", "night"])
-def test_where_the_strength_acts_late(
-    model: Recipe, photograph: Tensor, styles: dict[str, Tensor], name: str
-):
-    """The two pairs that the model card excepts from "the stronger the nearer", and by how much."""
-    by_alpha = [
-        distance(stylize(photograph, styles[name], checkpoint=model, alpha=alpha), styles[name])
-        for alpha in STRENGTHS
-    ]
-    assert by_alpha[1:] == sorted(by_alpha[1:], reverse=True)
-    assert max(by_alpha) < 1.1 * by_alpha[0]  # 1.09 and 1.05 when it was made
+        assert by_alpha[2] < 0.8 * by_alpha[0], name  # at half the strength; 0.53 to 0.71
+        assert by_alpha[-1] < 0.4 * by_alpha[0], name  # 0.04 to 0.28
 
 
 def test_photograph_stays_recognisable(photograph: Tensor, results: dict[str, Tensor]):
     for name, result in results.items():
-        assert structure_correlation(result, photograph).item() > 0.75, name  # 0.85
+        assert structure_correlation(result, photograph).item() > 0.8, name  # 0.86
 
 
 def test_strength_0_is_close_to_the_photograph(
     model: Recipe, photograph: Tensor, styles: dict[str, Tensor]
 ):
     result = stylize(photograph, styles["night"], checkpoint=model, alpha=0)
-    assert (result - photograph).abs().mean() / 2 < 0.075  # of black to white; 0.052
+    assert (result - photograph).abs().mean() / 2 < 0.04  # of black to white; 0.027
     assert structure_correlation(result, photograph).item() > 0.95
 
 
