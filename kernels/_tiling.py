@@ -77,9 +77,9 @@ def warps(tile: int, per_thread: int) -> int:
     return min(max(tile // (32 * per_thread), 4), 16)
 
 
-def registers(num_warps: int, wide: bool) -> int | None:
-    """What a multiprocessor has, for addresses: ptxas would spill some to run more programs."""
-    return None if wide else min(65536 // (32 * num_warps), 255)
+def registers(num_warps: int, many_addresses: bool) -> int | None:
+    """All that a thread can have, where ptxas would spill a few to run more programs at once."""
+    return min(65536 // (32 * num_warps), 255) if many_addresses else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,10 +96,10 @@ def stats_tiling(
     run = cdiv(cdiv(HW, splits), block_p) * block_p
     splits = cdiv(HW, run)
     mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, per_thread)
+    maxnreg = registers(num_warps, not wide)
     return Tiling(
-        mode.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks, run, splits,
-        run, splits,
-    )  # fmt: skip
+        mode.value, block_c, block_p, num_warps, maxnreg, blocks, run, splits, run, splits
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,17 +119,18 @@ def norm_tiling(
         resident = block_c * block_p
         if resident <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
             blocks = plane_blocks(channels_last, B, C, block_c)
+            addresses = not wide or (channels_last and resident > TILE)
             if not wide:
                 per_thread = 8 if resident < TILE else 16
-            elif block_c > 1 and (channels_last or resident <= TILE):  # planes take addresses, too
+            elif block_c > 1 and resident <= TILE:  # each plane takes an address, too
                 per_thread = 16
             else:
                 per_thread = 32
             num_warps = warps(resident, per_thread)
+            maxnreg = registers(num_warps, addresses)
             return Tiling(
-                RESIDENT.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks,
-                block_p, 1, block_p, 1,
-            )  # fmt: skip
+                RESIDENT.value, block_c, block_p, num_warps, maxnreg, blocks, block_p, 1, block_p, 1
+            )
     elif not channels_last:  # whose rows are read at an offset
         wide = False
     tiling = stats_tiling(channels_last, B, C, reduced, itemsize, wide, processors)
@@ -138,10 +139,8 @@ def norm_tiling(
     if blocks >= enough or tiling.splits == 1:
         run, chunk = (cdiv(n, block_p) * block_p for n in (reduced, written))
         num_warps = warps(block_c * block_p, 16 if wide and itemsize == 4 else 8)
-        return Tiling(
-            SWEEP.value, block_c, block_p, num_warps, registers(num_warps, wide), blocks, run, 1,
-            chunk, 1,
-        )  # fmt: skip
+        maxnreg = registers(num_warps, not wide)
+        return Tiling(SWEEP.value, block_c, block_p, num_warps, maxnreg, blocks, run, 1, chunk, 1)
     chunks = min(cdiv(PROGRAMS * processors, blocks), cdiv(written, block_p))
     chunk = cdiv(cdiv(written, chunks), block_p) * block_p
     return tiling._replace(chunk=chunk, chunks=cdiv(written, chunk))
@@ -200,4 +199,4 @@ def map_tiling_of(out: Tensor, channels_last: bool, wide: bool) -> MapTiling:
     block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size(), tile)
     blocks, chunks = plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
     num_warps = warps(block_c * block_p, per_thread)
-    return MapTiling(block_c, block_p, num_warps, registers(num_warps, wide), blocks, chunks)
+    return MapTiling(block_c, block_p, num_warps, registers(num_warps, not wide), blocks, chunks)
