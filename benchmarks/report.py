@@ -8,6 +8,7 @@ python benchmarks/report.py --base OLD NEW     what became slower, beyond noise;
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -293,7 +294,8 @@ def regressions(base: dict[str, Record], new: dict[str, Record]) -> Iterator[str
     """fastgan's variants that became slower than noise explains, one line each.
 
     What its competitors of the same row changed by (another clock, a busy neighbour) is divided
-    out; the rest counts if it exceeds 10% and three times the spread of both medians.
+    out; the rest counts if it exceeds 10% and three times the spread of both medians and of the
+    competitors' changes.
     """
     for part in base.keys() & new.keys():
         before = {(row.op, row.title, row.mode): row for row in rows_of(base[part])}
@@ -304,7 +306,7 @@ def regressions(base: dict[str, Record], new: dict[str, Record]) -> Iterator[str
 
 
 def _slower(old: Row, new: Row) -> Iterator[str]:
-    drift = _drift(old, new)
+    drift, disagreement = _drift(old, new)
     for name, record in new.records.items():
         former = old.records.get(name, {})
         if record["kind"] != "fastgan" or "wall" not in former:
@@ -315,7 +317,7 @@ def _slower(old: Row, new: Row) -> Iterator[str]:
             yield f"{where} was {_duration(seconds(former))}, is {_state(record)}"
             continue
         slower /= drift
-        noise = max(0.1, 3 * (spread(former) ** 2 + spread(record) ** 2) ** 0.5)
+        noise = max(0.1, 3 * math.hypot(spread(former), spread(record), disagreement))
         if slower > 1 + noise:
             yield (
                 f"{where} was {_duration(seconds(former))}, is {_duration(seconds(record))}: "
@@ -327,11 +329,13 @@ def _state(record: Record) -> str:
     return f"wrong: {record['wrong']}" if "wrong" in record else f"failed: {record['failed']}"
 
 
-def _drift(old: Row, new: Row) -> float:
-    """How much slower the competitors of a row became, at the median."""
+def _drift(old: Row, new: Row) -> tuple[float, float]:
+    """How much slower the competitors of a row became, and how far they disagree, at the median."""
     theirs = [record for record in new.records.values() if record["kind"] != "fastgan"]
     ratios = [ratio(record, old.records.get(record["variant"])) for record in theirs]
-    return statistics.median([value for value in ratios if value] or [1.0])
+    known = [value for value in ratios if value] or [1.0]
+    drift = statistics.median(known)
+    return drift, statistics.median(abs(value / drift - 1) for value in known)
 
 
 # --- Command line -------------------------------------------------------------------------------

@@ -610,6 +610,14 @@ def test_what_noise_explains_is_no_regression() -> None:
     assert not list(report.regressions(run_of(1.0, spread=0.2), run_of(1.3, spread=0.2)))
 
 
+def test_competitors_that_disagree_are_noise() -> None:
+    """As where one of them, and not the op, found its memory in another state."""
+    old, new = run_of(1.0), run_of(1.0)
+    new["instance_norm"]["records"][0]["wall"]["median"] = 2.0
+    assert not list(report.regressions(old, new))
+    assert list(report.regressions(run_of(1.0), run_of(1.0, others=0.4)))
+
+
 def test_an_op_that_became_wrong_is_a_regression() -> None:
     new = run_of(1.0)
     record = new["instance_norm"]["records"][-1]

@@ -358,8 +358,8 @@ def compile_launches(
 ) -> list[Compiled]:
     """Compile every launch that `launches()` of the file at `path` makes, in a child process.
 
-    Each for every capability or, if `spread`, for 90 and one that follows from its name. Where the name
-    of a launch matches `sass`, its machine code is disassembled (slower).
+    Each for every capability or, if `spread`, for 90 and one that follows from its name. Where the
+    name of a launch matches `sass`, its machine code is disassembled (slower).
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parent.parent)
