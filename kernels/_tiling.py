@@ -138,6 +138,7 @@ def norm_tiling(
     enough = processors if reduced <= RESIDENT_TILE else 2 * processors
     if blocks >= enough or tiling.splits == 1:
         run, chunk = (cdiv(n, block_p) * block_p for n in (reduced, written))
+        # Twice as much of fp32, as ptxas spills in sixteen warps of it.
         num_warps = warps(block_c * block_p, 16 if wide and itemsize == 4 else 8)
         maxnreg = registers(num_warps, not wide)
         return Tiling(SWEEP.value, block_c, block_p, num_warps, maxnreg, blocks, run, 1, chunk, 1)
