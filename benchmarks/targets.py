@@ -53,7 +53,7 @@ class Verdict:
 
 
 def op(name: str, mode: str, *more: Condition) -> Condition:
-    """Rows of an op, whatever is fused into it ("+relu"), in one mode, that meet conditions."""
+    """Rows of an op, whatever follows its name ("+relu", " bce"), in one mode, on conditions."""
     return lambda row: (
         re.split(r"[+ ]", row.op)[0] == name
         and row.mode == mode
@@ -80,6 +80,10 @@ def small_batch(row: Row) -> bool:
 
 def channels_last(row: Row) -> bool:
     return row.layout == "channels_last"
+
+
+def nchw(row: Row) -> bool:
+    return row.layout == "nchw"
 
 
 def few_planes_or_channels_last(row: Row) -> bool:
@@ -327,6 +331,13 @@ TARGETS = [
         "instance_norm",
         "instance norm forward+backward, channels_last",
         op("instance_norm", BOTH, channels_last),
+        (EAGER, over("eager"), 2.5),
+    ),
+    *_targets(
+        "cpu",
+        "instance_norm",
+        "instance norm forward+backward, NCHW",
+        op("instance_norm", BOTH, nchw),
         (EAGER, over("eager"), 2.5),
     ),
     *_targets(

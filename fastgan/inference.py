@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -196,7 +196,7 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
     if not (isinstance(alpha, Real) and 0.0 <= alpha <= 1.0):
         raise ValueError(f"alpha must be a number in [0, 1], got {alpha!r}")
     for name, count in (("batch_size", batch_size), ("max_side", max_side)):
-        if count is not None and not (isinstance(count, int) and count >= 1):
+        if count is not None and not (isinstance(count, Integral) and count >= 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
     styles = [_pictures_of(entry) for entry in _as_list(style)]
     weights = _normalised(style_weights, len(styles))

@@ -295,7 +295,8 @@ def convert(model: nn.Module) -> nn.Module:
     leave an ``nn.Identity`` behind; every other ``torch.nn.ReflectionPad2d`` becomes a
     :class:`ReflectionPad2d`. Parameters are the same objects, state-dict keys do not change,
     results agree to rounding in training and evaluation. Norms with running statistics,
-    subclasses and modules with hooks stay; :func:`conversion_report` tells which and why.
+    subclasses and modules with hooks or a replaced ``forward`` stay; :func:`conversion_report`
+    tells which and why.
 
     The memory format does not change; on a GPU use ``model.to(memory_format=torch.channels_last)``
     beside this. Code that reads the output of single layers of an ``nn.Sequential`` finds
@@ -332,7 +333,7 @@ class _Swap:
 def _swaps(model: nn.Module) -> Iterator[_Swap]:
     """Every norm and pad, wherever a module holds it; one held in two places comes twice."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     replacements: dict[Any, nn.Module] = {}  # one for each module and what it takes in
     if isinstance(model, nn.InstanceNorm2d | nn.ReflectionPad2d):
         yield _swap(replacements, "", None, "", model, {})
@@ -380,6 +381,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "a subclass may do something else"
     if _has_hooks(module):
         return "has hooks, which see its input or output"
+    if _has_own_forward(module):
+        return "has a forward of its own"
     if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
         return "tracks running statistics"
     return None
@@ -402,7 +405,6 @@ def _has_hooks(module: nn.Module) -> bool:
             module._forward_pre_hooks,
             module._backward_hooks,
             module._backward_pre_hooks,
-            _has_own_forward(module),
         )
     )
 

@@ -119,8 +119,9 @@ def norm_tiling(
         resident = block_c * block_p
         if resident <= (RESIDENT_TILE if wide else RESIDENT_TILE // 2):
             blocks = plane_blocks(channels_last, B, C, block_c)
+            # Those of many channels beside the tile itself, or one for each element.
             addresses = not wide or (channels_last and resident > TILE)
-            if not wide:
+            if not wide:  # of 16 warps a thread can have but 128 registers
                 per_thread = 8 if resident < TILE else 16
             elif block_c > 1 and resident <= TILE:  # each plane takes an address, too
                 per_thread = 16

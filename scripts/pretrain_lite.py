@@ -84,7 +84,7 @@ STAGES = (
     Stage(2000, size=64, batch_size=8, ema_decay=0.999, losses=_PALETTES),
     # Larger crops: cleaner textures, less of them, and a strength that acts evenly.
     Stage(3061, size=128, batch_size=4, ema_decay=0.999, losses=_TEXTURES),
-    # With an average that forgets the steps before them.
+    # With an average that soon forgets the stages before.
     Stage(3360, size=128, batch_size=4, ema_decay=0.99, losses=_STRENGTH),
     # The learning rate rises again. Strength 0 gives the picture back, every quarter more acts.
     Stage(9000, size=128, batch_size=4, ema_decay=0.999, losses=_EVENNESS),

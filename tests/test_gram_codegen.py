@@ -113,6 +113,7 @@ def compiled() -> list[Compiled]:
     return compile_launches(__file__, CAPABILITIES, spread=not COMPLETE, sass=largest)
 
 
+@pytest.mark.slow
 def test_no_spills_and_shared_memory_within_limits(compiled: list[Compiled]) -> None:
     problems = [problem for c in compiled for problem in c.problems()]
     assert not problems, "\n".join(problems)
@@ -120,6 +121,7 @@ def test_no_spills_and_shared_memory_within_limits(compiled: list[Compiled]) -> 
     assert {c.capability for c in compiled} == set(CAPABILITIES)
 
 
+@pytest.mark.slow
 def test_features_are_accessed_16_bytes_at_a_time(compiled: list[Compiled]) -> None:
     """Or as many as their alignment and the share of a thread in the tile allow; none narrower."""
     for c in compiled:
@@ -140,6 +142,7 @@ def test_features_are_accessed_16_bytes_at_a_time(compiled: list[Compiled]) -> N
             assert c.moved("st.global", 16) >= share, (str(c), c.accesses)
 
 
+@pytest.mark.slow
 def test_tensor_cores_multiply(compiled: list[Compiled]) -> None:
     """The own ones of sm_90 and sm_100 where a tile is as large as they take."""
     own = {90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -59,10 +59,11 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             accesses = "wide" if wide(op, x) else "narrow"
             name = f"{op} {accesses} {shape} {str(dtype)[6:]} {layout} {alignment}"
             yield name, partial(globals()[op], x)
-    for layout, of_style in itertools.product(FORMATS, FORMATS):
-        x = feature_map((1, 32, 256, 256), layout, torch.bfloat16)
-        style = feature_map((1, 32, 31, 33), of_style, torch.bfloat16)
-        yield f"adain {layout}, small style {of_style}", partial(adain, x, style)
+    for dtype, layout, of_style in itertools.product(dtypes, FORMATS, FORMATS):
+        x = feature_map((1, 32, 256, 256), layout, dtype)
+        style = feature_map((1, 32, 31, 33), of_style, dtype)
+        name = f"adain {str(dtype)[6:]} {layout}, small style {of_style}"
+        yield name, partial(adain, x, style)
     yield "distance", partial(distance, torch.empty(8, 256, device="meta"))
 
 

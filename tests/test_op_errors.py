@@ -33,6 +33,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fg.style_loss("x", gram), TypeError, "features must be a tensor or a list, got str"),
     (lambda: fg.style_loss([x], [gram], weights=[1, 2]), ValueError, "weights must be as many .* 2"),
     (lambda: fg.style_loss(x, gram, weights=2.0), TypeError, "weights must be a list, .* got 2.0"),
+    (lambda: fg.style_loss(x, gram, weights=torch.ones(1)), TypeError, "weights must be a list, .* got tensor"),
     (lambda: fg.style_loss(x, gram, weights=["2"]), TypeError, r"weights\[0\] must be a number, got str"),
     (lambda: fg.gram_matrix(x.to_sparse()), TypeError, "features must be a dense tensor, got .*sparse"),
     (lambda: fg.style_loss(x, gram.to("meta")), ValueError, "targets must be on the device of feat"),
@@ -107,6 +108,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: fg.nn.GANLoss()(logits[:0], True), ValueError, "GANLoss: prediction must have elements"),
     (lambda: fg.nn.GANLoss()([logits, 1], True), TypeError, r"prediction\[1\] must be a tensor, got int"),
     (lambda: fg.nn.convert(x), TypeError, r"model must be a torch.nn.Module, got Tensor"),
+    (lambda: reflection_pad2d(x, (1.0, 1, 1, 1)), TypeError, "padding left must be an integer, got 1.0"),
     (lambda: reflection_pad2d(x, (1, 1)), TypeError, r"padding must be \(left, .*, got \(1, 1\)"),
     (lambda: fg.nn.GramStyleLoss()(x), ValueError, r"call set_style\(style_features\) first"),
 ]  # fmt: skip

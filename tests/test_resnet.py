@@ -138,8 +138,8 @@ def test_what_is_no_generator_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
-    refused([1, 2], "no state dict of tensors alone, but another list")
-    refused({"epoch": 3}, "no state dict of tensors alone, but another dict")
+    refused([1, 2], "must hold a state dict of tensors alone, holds a list")
+    refused({"epoch": 3}, "must hold a state dict of tensors alone, holds other values")
     refused({}, "no resnet generator")
     refused({**state, "model.30.weight": torch.ones(1)}, r"unknown entry model\.30\.weight")
     refused(torch.nn.Conv2d(3, 4, 3).state_dict(), "unknown entry weight")

@@ -328,6 +328,10 @@ def test_losses_are_fp32_and_finite_under_autocast(dtype: torch.dtype):
         ({"content_layers": (0, 3)}, r"^content_layers .* 3 maps, 0 to 2, got \(0, 3\)"),
         ({"content_layers": ()}, "^content_layers"),
         ({"content_layers": (4,), "extractor": "vgg19"}, "^content_layers .* 4 maps"),
+        (
+            {"content_layers": (4,), "content_features": "encoder", "objective": "textbook"},
+            "^content_layers",
+        ),
         ({"label_smoothing": 1.0}, r"^label_smoothing must be in \[0, 1\), got 1"),
         ({"label_smoothing": 0.1, "gan_mode": "hinge"}, "^label_smoothing needs gan_mode bce"),
         ({"saturating": True, "gan_mode": "lsgan"}, "^saturating needs gan_mode bce, got lsgan"),

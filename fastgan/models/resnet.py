@@ -122,8 +122,8 @@ def load_cyclegan_generator(path: str | os.PathLike[str]) -> ResnetGenerator:
             reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: holds no weights that can be read safely: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        kind = type(state).__name__
-        raise ValueError(f"{path}: holds no state dict of tensors alone, but another {kind}")
+        found = "other values" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ValueError(f"{path}: must hold a state dict of tensors alone, holds {found}")
     return _from_cyclegan(state, Path(path))
 
 

@@ -102,7 +102,7 @@ def layer_weights(
     """One weight per layer; 1 each where none are given."""
     if weights is None:
         return [1.0] * count
-    if isinstance(weights, _NUMBERS):
+    if isinstance(weights, (*_NUMBERS, Tensor)):
         raise TypeError(f"{op}: weights must be a list, one number per layer, got {weights!r}")
     if len(weights) != count:
         raise ValueError(

@@ -65,7 +65,8 @@ def discriminator_loss(
     Differentiable twice with respect to the logits.
 
     Raises:
-        TypeError: logits that are no floating-point tensors or not alike.
+        TypeError: logits that are no floating-point tensors or not alike, or an option of the wrong
+            type.
         ValueError: a scale without elements, unequal lists, an unknown mode or reduction.
         ImplUnavailableError: the implementation asked for cannot run this call.
 

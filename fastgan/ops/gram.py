@@ -79,7 +79,8 @@ def style_loss(
     Differentiable twice with respect to ``features`` and ``targets``.
 
     Raises:
-        TypeError: an argument is no floating-point tensor or list of them.
+        TypeError: an argument is no floating-point tensor or list of them, or ``weights`` no list
+            of numbers.
         ValueError: shapes, devices or lengths do not fit.
         ImplUnavailableError: the implementation asked for cannot run this call.
 

@@ -43,7 +43,7 @@ def instance_stats(
     Differentiable twice with respect to ``x``.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor.
+        TypeError: ``x`` is no floating-point tensor, or an option of the wrong type.
         ValueError: wrong shape, or not more positions than ``correction``.
         ImplUnavailableError: the implementation asked for cannot run this call.
 
@@ -98,7 +98,8 @@ def instance_norm(
     Differentiable twice with respect to ``x``, ``weight``, ``bias`` and ``residual``.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or ``residual`` of another dtype.
+        TypeError: an argument is no floating-point tensor, ``residual`` of another dtype, or an
+            option of the wrong type.
         ValueError: shapes, devices or options do not fit.
         ImplUnavailableError: the implementation asked for cannot run this call.
 
@@ -160,7 +161,7 @@ def adain(
     Differentiable twice with respect to ``content`` and ``style``.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
+        TypeError: an argument is no floating-point tensor, or an option of the wrong type.
         ValueError: shapes or devices do not fit, not more positions than ``correction``, or an
             ``alpha`` that requires grad.
         ImplUnavailableError: the implementation asked for cannot run this call.
@@ -296,7 +297,7 @@ def reflection_pad2d(
     Differentiable to any order.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``padding`` not four numbers.
+        TypeError: ``x`` is no floating-point tensor, or ``padding`` not four integers.
         ValueError: wrong shape or padding.
         ImplUnavailableError: the implementation asked for cannot run this call.
     """
@@ -304,6 +305,8 @@ def reflection_pad2d(
     _checks.feature_map(op, "x", x)
     if not isinstance(padding, tuple | list) or len(padding) != 4:
         raise TypeError(f"{op}: padding must be (left, right, top, bottom), got {padding!r}")
+    for side, count in zip(("left", "right", "top", "bottom"), padding, strict=True):
+        _checks.integer(op, f"padding {side}", count)
     left, right, top, bottom = padding
     height, width = x.shape[2:]
     if not (

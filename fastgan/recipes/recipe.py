@@ -50,6 +50,7 @@ class RecipeConfig:
     Raises:
         ValueError: a field whose name begins with ``weight_`` or ``lr`` is negative, one is none of
             its `Literal`, or one that a subclass looks at does not serve; names it.
+        TypeError: one that is to be a number is none; names it.
     """
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class RecipeConfig:
     def _require(self, least: float, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 

@@ -116,7 +116,9 @@ class StyleTransferRecipeConfig(RecipeConfig):
         self._require(1, "discriminator_width", "discriminator_layers", "discriminator_scales")
         self._require(0, "encoder_blocks", "decoder_blocks")
         maps = self.extractor_levels if self.extractor == "random" else len(VGG19_LAYERS)
-        if not self.content_layers or not all(0 <= layer < maps for layer in self.content_layers):
+        fits = self.content_layers and all(0 <= layer < maps for layer in self.content_layers)
+        read = self.content_features == "extractor" or self.objective == "textbook"
+        if read and not fits:
             raise ValueError(
                 f"content_layers must be among the extractor's {maps} maps, 0 to {maps - 1}, "
                 f"got {self.content_layers}"
