@@ -342,6 +342,16 @@ def test_settings_that_cannot_be_trained_are_refused(options: dict[str, Any], me
         dataclasses.replace(SMALL, **options)
 
 
+def test_content_layers_matter_only_where_they_are_read():
+    dataclasses.replace(SMALL, content_layers=(), content_features="encoder")
+
+
+@pytest.mark.parametrize("value", ["3", None])
+def test_a_size_that_is_no_number_is_named(value: Any):
+    with pytest.raises(TypeError, match=r"^width must be a number, got"):
+        dataclasses.replace(SMALL, width=value)
+
+
 def test_crops_too_small_for_the_discriminator_are_refused():
     with pytest.raises(ValueError, match=r"^size: style_transfer needs at least 32 px .* got 31"):
         StyleTransfer(SMALL).begin_training(31)
