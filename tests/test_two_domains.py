@@ -185,7 +185,8 @@ def test_a_training_does_not_grow(kind: type[TwoDomainRecipe]) -> None:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    assert tensors_after(range(3)) == tensors_after(range(3, 12))
+    before = tensors_after(range(3))
+    assert tensors_after(range(3, 12)) <= before  # fewer where other tests' garbage went meanwhile
 
 
 def run(
