@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastgan.kernels._common import on_device_of, readable
 from fastgan.kernels._planes import begin_strided, plane_block
-from fastgan.kernels._tiling import norm_tiling_of, stats_tiling_of
+from fastgan.kernels._tiling import norm_tiling_of, registers, stats_tiling_of
 from fastgan.kernels.instance_norm import normalise
 from fastgan.kernels.instance_stats import instance_stats_fwd, moments, store_partials
 
@@ -116,6 +116,8 @@ def adain_fwd(
     partials = rstd.new_empty(1 + 2 * tiling.splits, B * C)
     style_partials = rstd.new_empty(1 + 2 * style_tiling.splits, style_planes)
     programs = tiling.blocks * tiling.splits
+    alike = style_strides.channels_last == strides.channels_last
+    maxnreg = tiling.maxnreg if alike else registers(tiling.num_warps, many_addresses=True)
     with on_device_of(x):
         adain_moments_kernel[(programs + style_tiling.blocks * style_tiling.splits,)](
             x, style, partials, style_partials, programs, C,
@@ -123,7 +125,7 @@ def adain_fwd(
             style_planes, style_HW, style_tiling.run, style_tiling.splits, *style_strides[1:],
             CHANNELS_LAST=strides.channels_last, BLOCK_C=tiling.block_c, BLOCK_P=tiling.block_p,
             STYLE_CHANNELS_LAST=style_strides.channels_last, STYLE_BLOCK_C=style_tiling.block_c,
-            STYLE_BLOCK_P=style_tiling.block_p, num_warps=tiling.num_warps, maxnreg=tiling.maxnreg,
+            STYLE_BLOCK_P=style_tiling.block_p, num_warps=tiling.num_warps, maxnreg=maxnreg,
         )  # fmt: skip
         normalise(
             x, strides, tiling, y, None, None, None, alpha, partials, centre, rstd,
