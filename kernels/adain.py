@@ -116,6 +116,7 @@ def adain_fwd(
     partials = rstd.new_empty(1 + 2 * tiling.splits, B * C)
     style_partials = rstd.new_empty(1 + 2 * style_tiling.splits, style_planes)
     programs = tiling.blocks * tiling.splits
+    # One kernel walks over both; addresses of two layouts take more registers than those of one.
     alike = style_strides.channels_last == strides.channels_last
     maxnreg = tiling.maxnreg if alike else registers(tiling.num_warps, many_addresses=True)
     with on_device_of(x):
