@@ -141,10 +141,20 @@ struct Group {
     });
   }
 
+  // Calls body(i, begin, end) for tiles of channels [begin, end) of each image, i counting these.
+  template <typename Body>
+  void for_each_tile(const Body& body) const {
+    const int64_t tiles = (x.C + kTile - 1) / kTile;
+    for_each(images * tiles, kTile * chunks, [&](int64_t i) {
+      const int64_t begin = i % tiles * kTile;
+      body(i / tiles, begin, std::min(begin + kTile, x.C));
+    });
+  }
+
   // Calls body(plane, i) for its planes, i counting them.
   template <typename Body>
   void for_each_plane(const Body& body) const {
-    for_each(images * x.C, 32 * chunks, [&](int64_t i) { body(first * x.C + i, i); });
+    for_each(images * x.C, 1, [&](int64_t i) { body(first * x.C + i, i); });
   }
 };
 
@@ -170,15 +180,14 @@ void for_each_moments(const Group& group, const Body& body) {
                    std::min(kTile, x.C - c), &mean[i * x.C + c], &m2[i * x.C + c]);
     }
   });
-  group.for_each_plane([&](int64_t plane, int64_t i) {
-    Moments total;
-    for (int64_t j = 0; j < group.chunks; ++j) {
-      const int64_t partial = (i / x.C * group.chunks + j) * x.C + i % x.C;
-      const int64_t begin = j * group.chunk, count = std::min(group.chunk, x.HW - begin);
-      merge(total.mean, total.m2, static_cast<double>(begin), mean[partial], m2[partial],
-            static_cast<double>(count));
+  group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
+    const int64_t partial = image * group.chunks * x.C + begin;
+    double means[kTile] = {}, m2s[kTile] = {};
+    merge_chunks(&mean[partial], &m2[partial], x.C, group.chunk, x.HW, end - begin, means, m2s);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t i = image * x.C + c;
+      body(group.first * x.C + i, Moments{means[c - begin], m2s[c - begin]}, i);
     }
-    body(plane, total, i);
   });
 }
 
@@ -417,14 +426,19 @@ void instance_norm_bwd(const Tensor& grad_, const Tensor& x_, Tensor grad_x_, Te
               &g[i * x.C + c], &gx[i * x.C + c]);
         }
       });
-      group.for_each_plane([&](int64_t plane, int64_t i) {
-        GradSums total;
+      group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
+        double g_sums[kTile] = {}, gx_sums[kTile] = {};
         for (int64_t j = 0; j < group.chunks; ++j) {
-          const int64_t partial = (i / x.C * group.chunks + j) * x.C + i % x.C;
-          total.g += g[partial];
-          total.gx += gx[partial];
+          const int64_t partial = (image * group.chunks + j) * x.C;
+          for (int64_t c = begin; c < end; ++c) {
+            g_sums[c - begin] += g[partial + c];
+            gx_sums[c - begin] += gx[partial + c];
+          }
         }
-        slopes.set(i, slope_of(plane, affine_of(plane), total));
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t i = image * x.C + c, plane = group.first * x.C + i;
+          slopes.set(i, slope_of(plane, affine_of(plane), {g_sums[c - begin], gx_sums[c - begin]}));
+        }
       });
       group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t) {
         const int64_t first = (b - group.first) * x.C;

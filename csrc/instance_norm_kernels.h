@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "macros.h"
 
@@ -11,12 +12,24 @@ namespace fastgan {
 namespace {
 
 // Sums run over blocks in fp32 and over blocks in double.
-constexpr int64_t kBlock = 4096;  // positions of a plane: 16 KB, which the L1 cache gives twice
+constexpr int64_t kBlock = 4096;  // positions of a plane: 16 KB, a third of the L1 cache
 constexpr int64_t kRows = 64;     // positions of a tile
-constexpr int64_t kTile = 64;     // channels of a tile
+constexpr int64_t kTile = 128;    // channels of a tile
+
+// Calls body(r, n) for rows r to r + n of `count`, n four and at the end one: what lies in arrays
+// of channels is loaded once for four.
+template <typename Body>
+FASTGAN_INLINE void for_each_rows(int64_t count, const Body& body) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) body(r, std::integral_constant<int, 4>());
+  for (; r < count; ++r) body(r, std::integral_constant<int, 1>());
+}
 
 // --- Moments: the mean, less the plane's first pixel, and the sum of squared deviations ----------
-// Less a pixel, because a mean large against the deviation would cost digits.
+// Less a pixel, because a mean large against the deviation would cost digits. A block is read once:
+// its sums are about the mean of its first eighth, and the squares about that mean are at most nine
+// times those about the block's own, so that taking the difference off costs one digit at most.
+constexpr int64_t kShare = 8;
 
 struct Moments {
   double mean = 0, m2 = 0;
@@ -31,39 +44,42 @@ FASTGAN_INLINE void merge(double& mean, double& m2, double seen, double other_me
   m2 += other_m2 + difference * difference * seen * share;
 }
 
-// Each block twice, in four independent sums.
+// The same by `count` others whose deviations from `shift + centre` and their squares sum to these.
+FASTGAN_INLINE void merge_sums(double& mean, double& m2, double seen, float centre, float sum,
+                               float square, double count) {
+  const float difference = sum / static_cast<float>(count);
+  merge(mean, m2, seen, static_cast<double>(centre) + difference, square - sum * difference, count);
+}
+
+// Four independent sums hide the latency of an addition.
 FASTGAN_CLONES void plane_moments(const float* x, int64_t count, Moments* moments) {
   const float shift = x[0];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = std::min(kBlock, count - begin), quarter = size / 4;
+    const int64_t first = (size + kShare - 1) / kShare;
     const float* x0 = x + begin;
     const float *x1 = x0 + quarter, *x2 = x1 + quarter, *x3 = x2 + quarter;
-    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < quarter; ++i) {
-      s0 += x0[i] - shift;
-      s1 += x1[i] - shift;
-      s2 += x2[i] - shift;
-      s3 += x3[i] - shift;
-    }
-    for (int64_t i = 4 * quarter; i < size; ++i) s0 += x0[i] - shift;
-    const float mean = ((s0 + s1) + (s2 + s3)) / static_cast<float>(size);
+    float centre = 0;
+#pragma omp simd reduction(+ : centre)
+    for (int64_t i = 0; i < first; ++i) centre += x0[i] - shift;
+    centre /= static_cast<float>(first);
 
-    const auto square = [=](float value) __attribute__((always_inline)) {
-      const float deviation = value - shift - mean;
-      return deviation * deviation;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+    const auto add = [=](float value, float& s, float& q) FASTGAN_LAMBDA {
+      const float deviation = value - shift - centre;
+      s += deviation;
+      q += deviation * deviation;
     };
-    s0 = s1 = s2 = s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
+#pragma omp simd reduction(+ : s0, s1, s2, s3, q0, q1, q2, q3)
     for (int64_t i = 0; i < quarter; ++i) {
-      s0 += square(x0[i]);
-      s1 += square(x1[i]);
-      s2 += square(x2[i]);
-      s3 += square(x3[i]);
+      add(x0[i], s0, q0);
+      add(x1[i], s1, q1);
+      add(x2[i], s2, q2);
+      add(x3[i], s3, q3);
     }
-    for (int64_t i = 4 * quarter; i < size; ++i) s0 += square(x0[i]);
-    merge(moments->mean, moments->m2, static_cast<double>(begin), mean, (s0 + s1) + (s2 + s3),
-          static_cast<double>(size));
+    for (int64_t i = 4 * quarter; i < size; ++i) add(x0[i], s0, q0);
+    merge_sums(moments->mean, moments->m2, static_cast<double>(begin), centre,
+               (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3), static_cast<double>(size));
   }
 }
 
@@ -72,26 +88,42 @@ FASTGAN_CLONES void tile_moments(const float* x, int64_t stride, const float* sh
                                  int64_t positions, int64_t channels, double* mean, double* m2) {
   for (int64_t begin = 0; begin < positions; begin += kRows) {
     const float* block = x + begin * stride;
-    const int64_t rows = std::min(kRows, positions - begin);
-    float sum[kTile] = {}, square[kTile] = {};
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t rows = std::min(kRows, positions - begin), first = (rows + kShare - 1) / kShare;
+    float centre[kTile] = {}, sum[kTile] = {}, square[kTile] = {};
+    for (int64_t r = 0; r < first; ++r) {
 #pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) sum[c] += block[r * stride + c] - shift[c];
+      for (int64_t c = 0; c < channels; ++c) centre[c] += block[r * stride + c] - shift[c];
     }
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) sum[c] /= static_cast<float>(rows);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < channels; ++c) centre[c] /= static_cast<float>(first);
+    for_each_rows(rows, [&](int64_t r, auto n) FASTGAN_LAMBDA {
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
-        const float deviation = block[r * stride + c] - shift[c] - sum[c];
-        square[c] += deviation * deviation;
+        for (int i = 0; i < n; ++i) {
+          const float deviation = block[(r + i) * stride + c] - shift[c] - centre[c];
+          sum[c] += deviation;
+          square[c] += deviation * deviation;
+        }
       }
-    }
+    });
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      merge(mean[c], m2[c], static_cast<double>(begin), sum[c], square[c],
-            static_cast<double>(rows));
+      merge_sums(mean[c], m2[c], static_cast<double>(begin), centre[c], sum[c], square[c],
+                 static_cast<double>(rows));
     }
+  }
+}
+
+// Of the chunks of an image, `chunk` positions each: means, m2s: [chunks, stride]; mean, m2:
+// [channels].
+FASTGAN_CLONES void merge_chunks(const double* means, const double* m2s, int64_t stride,
+                                 int64_t chunk, int64_t positions, int64_t channels, double* mean,
+                                 double* m2) {
+  for (int64_t begin = 0; begin < positions; begin += chunk, means += stride, m2s += stride) {
+    const auto seen = static_cast<double>(begin);
+    const auto count = static_cast<double>(std::min(chunk, positions - begin));
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) merge(mean[c], m2[c], seen, means[c], m2s[c], count);
   }
 }
 
@@ -106,6 +138,10 @@ struct Affine {
 // The same of the channels of an image: [channels] each.
 struct Affines {
   const float *shift, *centre, *gain, *offset;
+
+  FASTGAN_INLINE Affine operator[](int64_t c) const {
+    return {shift[c], centre[c], gain[c], offset[c]};
+  }
 };
 
 FASTGAN_INLINE float activated(float z, float slope) { return z > 0 ? z : z * slope; }
@@ -126,18 +162,18 @@ template <bool with_activation, bool with_residual>
 FASTGAN_CLONES void normalise_positions(const float* x, int64_t x_stride, const float* residual,
                                         int64_t residual_stride, float* y, int64_t positions,
                                         int64_t channels, Affines f, float slope) {
-  for (int64_t p = 0; p < positions; ++p) {
+  for_each_rows(positions, [&](int64_t p, auto n) FASTGAN_LAMBDA {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      float z = (x[c] - f.shift[c] - f.centre[c]) * f.gain[c] + f.offset[c];
-      if constexpr (with_activation) z = activated(z, slope);
-      if constexpr (with_residual) z += residual[c];
-      y[c] = z;
+      const Affine a = f[c];
+      for (int64_t r = p; r < p + n; ++r) {
+        float z = (x[r * x_stride + c] - a.shift - a.centre) * a.gain + a.offset;
+        if constexpr (with_activation) z = activated(z, slope);
+        if constexpr (with_residual) z += residual[r * residual_stride + c];
+        y[r * channels + c] = z;
+      }
     }
-    x += x_stride;
-    y += channels;
-    if constexpr (with_residual) residual += residual_stride;
-  }
+  });
 }
 
 // --- Gradients ----------------------------------------------------------------------------------
@@ -155,6 +191,10 @@ struct Slope {
 // and of the channels of an image.
 struct Slopes {
   const float *direct, *mean_g, *constant, *linear;
+
+  FASTGAN_INLINE Slope operator[](int64_t c) const {
+    return {direct[c], mean_g[c], constant[c], linear[c]};
+  }
 };
 
 template <bool with_activation>
@@ -189,16 +229,19 @@ FASTGAN_CLONES void sum_tile(const float* x, int64_t x_stride, const float* grad
   for (int64_t begin = 0; begin < positions; begin += kRows) {
     const int64_t end = std::min(begin + kRows, positions);
     float g_sum[kTile] = {}, gx_sum[kTile] = {};
-    for (int64_t p = begin; p < end; ++p) {
+    for_each_rows(end - begin, [&](int64_t p, auto n) FASTGAN_LAMBDA {
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c) {
-        const float centred = x[p * x_stride + c] - f.shift[c] - f.centre[c];
-        const float g = before_activation<with_activation>(grad[p * grad_stride + c], centred,
-                                                           f.gain[c], f.offset[c], slope);
-        g_sum[c] += g;
-        gx_sum[c] += g * centred;
+        const Affine a = f[c];
+        for (int64_t r = begin + p; r < begin + p + n; ++r) {
+          const float centred = x[r * x_stride + c] - a.shift - a.centre;
+          const float g = before_activation<with_activation>(grad[r * grad_stride + c], centred,
+                                                             a.gain, a.offset, slope);
+          g_sum[c] += g;
+          gx_sum[c] += g * centred;
+        }
       }
-    }
+    });
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       g_sums[c] += g_sum[c];
@@ -222,18 +265,19 @@ template <bool with_activation>
 FASTGAN_CLONES void differentiate_positions(const float* x, int64_t x_stride, const float* grad,
                                             int64_t grad_stride, float* grad_x, int64_t positions,
                                             int64_t channels, Affines f, float slope, Slopes s) {
-  for (int64_t p = 0; p < positions; ++p) {
+  for_each_rows(positions, [&](int64_t p, auto n) FASTGAN_LAMBDA {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      const float centred = x[c] - f.shift[c] - f.centre[c];
-      const float g =
-          before_activation<with_activation>(grad[c], centred, f.gain[c], f.offset[c], slope);
-      grad_x[c] = s.direct[c] * (g - s.mean_g[c]) + (s.constant[c] + s.linear[c] * centred);
+      const Affine a = f[c];
+      const Slope b = s[c];
+      for (int64_t r = p; r < p + n; ++r) {
+        const float centred = x[r * x_stride + c] - a.shift - a.centre;
+        const float g = before_activation<with_activation>(grad[r * grad_stride + c], centred,
+                                                           a.gain, a.offset, slope);
+        grad_x[r * channels + c] = b.direct * (g - b.mean_g) + (b.constant + b.linear * centred);
+      }
     }
-    x += x_stride;
-    grad += grad_stride;
-    grad_x += channels;
-  }
+  });
 }
 
 // --- Reflection padding -------------------------------------------------------------------------

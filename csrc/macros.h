@@ -6,6 +6,9 @@
 #define FASTGAN_INLINE inline __attribute__((always_inline))
 #endif
 
+// After the parameters of a lambda.
+#define FASTGAN_LAMBDA __attribute__((always_inline))
+
 // FASTGAN_CLONES on a function compiles it for AVX-512, AVX2 and the baseline; the loader picks the
 // best that the processor has. Helpers that such a function calls must be FASTGAN_INLINE.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
