@@ -50,7 +50,8 @@ a CPU, `make gpu-bench` an NVIDIA GPU (`PART=gram` one part of it; a run that wa
   the quartiles. On a GPU they are device time, from replaying a CUDA graph whose calls turn through
   inputs twice the size of the L2 cache, unless the column says host: that is time per call with the
   launches, one synchronisation to a block of calls. On a CPU they are time per call on one set of
-  inputs.
+  inputs, in a process that keeps freed memory (`GLIBC_TUNABLES`, set by `make bench`): page faults
+  of large results would be most of the time of every implementation.
 - **Of copy** is the fewest bytes the computation has to move over its time, relative to what a
   plain copy reached in the same run (bytes read and written).
 - *(reference)* beside a time of fastgan's means that no kernel of its own covers the case there, so
@@ -101,10 +102,11 @@ def provenance(part: Record) -> str:
         else f"{name.removesuffix('_tflop_per_s').replace('_', ' ')} {value:g} TFLOP/s"
         for name, value in part["ceilings"].items()
     )
+    malloc = f"; GLIBC_TUNABLES={part['malloc']}" if part["malloc"] else ""
     return (
         f"{part['date']}, {', '.join(versions)}, Python {part['python']}, commit "
         f"{part['commit'] or 'unknown'} (sources {part['sources']}); load average at the start "
-        f"{part['load_average']:g}; {ceilings}."
+        f"{part['load_average']:g}; {ceilings}{malloc}."
     )
 
 

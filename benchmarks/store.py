@@ -54,6 +54,7 @@ def environment(device: torch.device) -> Record:
         "device_type": device.type,
         **(_gpu(device) if device.type == "cuda" else {"threads": torch.get_num_threads()}),
         "cpu": _cpu_name(),
+        "malloc": os.environ.get("GLIBC_TUNABLES"),
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
