@@ -169,26 +169,44 @@ void for_each_group(const Map& x, int64_t unit, const Body& body) {
   }
 }
 
+// Two numbers of every plane of a group. `sum` makes them of a tile of channels [c, c + channels)
+// of one chunk, `merge` of all chunks of an image; body(plane, first, second, i) takes them, i
+// counting the planes.
+template <typename Sum, typename Merge, typename Body>
+void reduce(const Group& group, const Sum& sum, const Merge& merge, const Body& body) {
+  const int64_t C = group.x.C;
+  std::vector<double> first(group.images * group.chunks * C), second(first.size());  // [chunks, C]
+  group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t i) {
+    for (int64_t c = 0; c < C; c += kTile) {
+      sum(b, begin, end, c, std::min(kTile, C - c), &first[i * C + c], &second[i * C + c]);
+    }
+  });
+  group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
+    double totals[2][kTile] = {};
+    const int64_t partial = image * group.chunks * C + begin;
+    merge(&first[partial], &second[partial], end - begin, totals[0], totals[1]);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t i = image * C + c;
+      body(group.first * C + i, totals[0][c - begin], totals[1][c - begin], i);
+    }
+  });
+}
+
 // Calls body(plane, moments, i) for every plane of a group, i counting them.
 template <typename Body>
 void for_each_moments(const Group& group, const Body& body) {
   const Map& x = group.x;
-  std::vector<double> mean(group.images * group.chunks * x.C), m2(mean.size());  // [chunks, C]
-  group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t i) {
-    for (int64_t c = 0; c < x.C; c += kTile) {
-      tile_moments(x.at(b, begin) + c, x.position, x.image(b) + c, end - begin,
-                   std::min(kTile, x.C - c), &mean[i * x.C + c], &m2[i * x.C + c]);
-    }
-  });
-  group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
-    const int64_t partial = image * group.chunks * x.C + begin;
-    double means[kTile] = {}, m2s[kTile] = {};
-    merge_chunks(&mean[partial], &m2[partial], x.C, group.chunk, x.HW, end - begin, means, m2s);
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t i = image * x.C + c;
-      body(group.first * x.C + i, Moments{means[c - begin], m2s[c - begin]}, i);
-    }
-  });
+  reduce(
+      group,
+      [&](int64_t b, int64_t begin, int64_t end, int64_t c, int64_t channels, double* mean,
+          double* m2) {
+        tile_moments(x.at(b, begin) + c, x.position, x.image(b) + c, end - begin, channels, mean,
+                     m2);
+      },
+      [&](const double* means, const double* m2s, int64_t channels, double* mean, double* m2) {
+        merge_chunks(means, m2s, x.C, group.chunk, x.HW, channels, mean, m2);
+      },
+      [&](int64_t plane, double mean, double m2, int64_t i) { body(plane, Moments{mean, m2}, i); });
 }
 
 // Affine of each plane of a group, as arrays.
@@ -418,28 +436,19 @@ void instance_norm_bwd(const Tensor& grad_, const Tensor& x_, Tensor grad_x_, Te
       AffineTable affine(group);
       SlopeTable slopes(group);
       group.for_each_plane([&](int64_t plane, int64_t i) { affine.set(i, affine_of(plane)); });
-      std::vector<double> g(group.images * group.chunks * x.C), gx(g.size());  // [chunks, C]
-      group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t i) {
-        for (int64_t c = 0; c < x.C; c += kTile) {
-          sum(x.at(b, begin) + c, x.position, grad.at(b, begin) + c, grad.position, end - begin,
-              std::min(kTile, x.C - c), affine.from((b - group.first) * x.C + c), slope,
-              &g[i * x.C + c], &gx[i * x.C + c]);
-        }
-      });
-      group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
-        double g_sums[kTile] = {}, gx_sums[kTile] = {};
-        for (int64_t j = 0; j < group.chunks; ++j) {
-          const int64_t partial = (image * group.chunks + j) * x.C;
-          for (int64_t c = begin; c < end; ++c) {
-            g_sums[c - begin] += g[partial + c];
-            gx_sums[c - begin] += gx[partial + c];
-          }
-        }
-        for (int64_t c = begin; c < end; ++c) {
-          const int64_t i = image * x.C + c, plane = group.first * x.C + i;
-          slopes.set(i, slope_of(plane, affine_of(plane), {g_sums[c - begin], gx_sums[c - begin]}));
-        }
-      });
+      reduce(
+          group,
+          [&](int64_t b, int64_t begin, int64_t end, int64_t c, int64_t channels, double* g,
+              double* gx) {
+            sum(x.at(b, begin) + c, x.position, grad.at(b, begin) + c, grad.position, end - begin,
+                channels, affine.from((b - group.first) * x.C + c), slope, g, gx);
+          },
+          [&](const double* gs, const double* gxs, int64_t channels, double* g, double* gx) {
+            add_chunks(gs, gxs, x.C, group.chunks, channels, g, gx);
+          },
+          [&](int64_t plane, double g, double gx, int64_t i) {
+            slopes.set(i, slope_of(plane, affine_of(plane), {g, gx}));
+          });
       group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t) {
         const int64_t first = (b - group.first) * x.C;
         differentiate(x.at(b, begin), x.position, grad.at(b, begin), grad.position,

@@ -250,6 +250,18 @@ FASTGAN_CLONES void sum_tile(const float* x, int64_t x_stride, const float* grad
   }
 }
 
+// Of all chunks of an image: gs, gxs: [chunks, stride]; g, gx: [channels].
+FASTGAN_CLONES void add_chunks(const double* gs, const double* gxs, int64_t stride, int64_t chunks,
+                               int64_t channels, double* g, double* gx) {
+  for (int64_t j = 0; j < chunks; ++j, gs += stride, gxs += stride) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      g[c] += gs[c];
+      gx[c] += gxs[c];
+    }
+  }
+}
+
 template <bool with_activation>
 FASTGAN_CLONES void differentiate_plane(const float* x, const float* grad, float* grad_x,
                                         int64_t count, Affine f, float slope, Slope s) {
