@@ -145,7 +145,8 @@ struct Group {
   template <typename Body>
   void for_each_tile(const Body& body) const {
     const int64_t tiles = (x.C + kTile - 1) / kTile;
-    for_each(images * tiles, kTile * chunks, [&](int64_t i) {
+    const int64_t work = kTile * (4 * chunks + 64);  // in elements: to merge, and to finish, each
+    for_each(images * tiles, work, [&](int64_t i) {
       const int64_t begin = i % tiles * kTile;
       body(i / tiles, begin, std::min(begin + kTile, x.C));
     });
