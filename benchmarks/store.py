@@ -122,7 +122,8 @@ def _commit() -> str | None:
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return os.environ.get("FASTGAN_COMMIT")
-    changed = _output("git", "status", "--porcelain", "--", *_SOURCE_FOLDERS, ":!benchmarks/results")
+    sources = (*_SOURCE_FOLDERS, ":!benchmarks/results")
+    changed = _output("git", "status", "--porcelain", "--", *sources)
     return commit + ("+" if changed else "")
 
 

@@ -168,6 +168,27 @@ def test_build_info() -> None:
         assert re.fullmatch(r"[\d.;+PTX ]+", info["cuda_architectures"])
 
 
+@pytest.mark.parametrize(("clone", "registers"), [("v3", "%ymm"), ("v4", "%[yz]mm")])
+def test_cpu_kernels_are_vectorised(clone: str, registers: str) -> None:
+    """Every function over floats, for AVX2 and for AVX-512: where its loop stayed scalar, it would
+    use the 128-bit registers alone."""
+    library = pytest.importorskip("fastgan._C").__file__
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    command = ["objdump", "--disassemble", "--demangle", library]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"^\w+ <(.+)>:\n((?:.+\n)*)", listing, re.MULTILINE))
+    clones = {
+        name: code
+        for name, code in functions.items()
+        if f"[clone .arch_x86_64_{clone}" in name and "float const*" in name
+    }
+    if not clones:
+        pytest.skip("this compiler made no clones")
+    assert len(clones) > 30
+    assert [name for name, code in clones.items() if not re.search(registers, code)] == []
+
+
 @pytest.mark.parametrize("capability", ["75", "90", "120"])
 def test_cuda_kernels_compile_without_spills(capability: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
