@@ -60,8 +60,8 @@ lint: setup
 	$(PYTHON) -m mypy
 	.venv/bin/lint-imports --no-logo
 
-# On a CPU, freed memory stays with the process: otherwise the page faults of large results, the same
-# for every implementation, are most of what is timed.
+# On a CPU, freed memory stays with the process: otherwise page faults of large results, the same for
+# every implementation, would be much of what is timed, of the fastest most.
 .PHONY: bench
 bench: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 bench: setup

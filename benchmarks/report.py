@@ -51,7 +51,7 @@ a CPU, `make gpu-bench` an NVIDIA GPU (`PART=gram` one part of it; a run that wa
   inputs twice the size of the L2 cache, unless the column says host: that is time per call with the
   launches, one synchronisation to a block of calls. On a CPU they are time per call on one set of
   inputs, in a process that keeps freed memory (`GLIBC_TUNABLES`, set by `make bench`): page faults
-  of large results would be most of the time of every implementation.
+  of large results would be much of the time otherwise, of the fastest variants most of it.
 - **Of copy** is the fewest bytes the computation has to move over its time, relative to what a
   plain copy reached in the same run (bytes read and written).
 - *(reference)* beside a time of fastgan's means that no kernel of its own covers the case there, so

@@ -141,7 +141,7 @@ struct Group {
     });
   }
 
-  // Calls body(i, begin, end) for tiles of channels [begin, end) of each image, i counting these.
+  // Calls body(image, begin, end) for tiles of channels [begin, end), images counting from `first`.
   template <typename Body>
   void for_each_tile(const Body& body) const {
     const int64_t tiles = (x.C + kTile - 1) / kTile;
@@ -155,7 +155,7 @@ struct Group {
   // Calls body(plane, i) for its planes, i counting them.
   template <typename Body>
   void for_each_plane(const Body& body) const {
-    for_each(images * x.C, 1, [&](int64_t i) { body(first * x.C + i, i); });
+    for_each(images * x.C, 8, [&](int64_t i) { body(first * x.C + i, i); });
   }
 };
 
@@ -170,25 +170,25 @@ void for_each_group(const Map& x, int64_t unit, const Body& body) {
   }
 }
 
-// Two numbers of every plane of a group. `sum` makes them of a tile of channels [c, c + channels)
-// of one chunk, `merge` of all chunks of an image; body(plane, first, second, i) takes them, i
-// counting the planes.
-template <typename Sum, typename Merge, typename Body>
-void reduce(const Group& group, const Sum& sum, const Merge& merge, const Body& body) {
+// Two numbers of every plane of a group: `sum` adds up a tile of channels [c, c + channels) of a
+// chunk, `combine` the chunks of an image, both into zeros. Calls body(plane, u, v, i), i counting
+// the planes.
+template <typename Sum, typename Combine, typename Body>
+void reduce(const Group& group, const Sum& sum, const Combine& combine, const Body& body) {
   const int64_t C = group.x.C;
-  std::vector<double> first(group.images * group.chunks * C), second(first.size());  // [chunks, C]
+  std::vector<double> us(group.images * group.chunks * C), vs(us.size());  // [chunks, C]
   group.for_each_chunk([&](int64_t b, int64_t begin, int64_t end, int64_t i) {
     for (int64_t c = 0; c < C; c += kTile) {
-      sum(b, begin, end, c, std::min(kTile, C - c), &first[i * C + c], &second[i * C + c]);
+      sum(b, begin, end, c, std::min(kTile, C - c), &us[i * C + c], &vs[i * C + c]);
     }
   });
   group.for_each_tile([&](int64_t image, int64_t begin, int64_t end) {
-    double totals[2][kTile] = {};
-    const int64_t partial = image * group.chunks * C + begin;
-    merge(&first[partial], &second[partial], end - begin, totals[0], totals[1]);
+    double u[kTile] = {}, v[kTile] = {};
+    const int64_t chunks = image * group.chunks * C + begin;
+    combine(&us[chunks], &vs[chunks], end - begin, u, v);
     for (int64_t c = begin; c < end; ++c) {
       const int64_t i = image * C + c;
-      body(group.first * C + i, totals[0][c - begin], totals[1][c - begin], i);
+      body(group.first * C + i, u[c - begin], v[c - begin], i);
     }
   });
 }

@@ -11,10 +11,11 @@
 namespace fastgan {
 namespace {
 
-// Sums run over blocks in fp32 and over blocks in double.
-constexpr int64_t kBlock = 4096;  // positions of a plane: 16 KB, a third of the L1 cache
+// Sums are in fp32 within a block and in double across blocks.
+constexpr int64_t kBlock = 2048;  // positions of a plane
 constexpr int64_t kRows = 64;     // positions of a tile
 constexpr int64_t kTile = 128;    // channels of a tile
+constexpr int64_t kShare = 8;     // one part in so many of a block gives the sums their centre
 
 // Calls body(r, n) for rows r to r + n of `count`, n four and at the end one: what lies in arrays
 // of channels is loaded once for four.
@@ -27,9 +28,9 @@ FASTGAN_INLINE void for_each_rows(int64_t count, const Body& body) {
 
 // --- Moments: the mean, less the plane's first pixel, and the sum of squared deviations ----------
 // Less a pixel, because a mean large against the deviation would cost digits. A block is read once:
-// its sums are about the mean of its first eighth, and the squares about that mean are at most nine
-// times those about the block's own, so that taking the difference off costs one digit at most.
-constexpr int64_t kShare = 8;
+// its sums are about the mean of its first eighth, and the squares about that mean are at most
+// eight times those about the block's own, so that taking the difference off costs one digit at
+// most.
 
 struct Moments {
   double mean = 0, m2 = 0;
@@ -47,8 +48,9 @@ FASTGAN_INLINE void merge(double& mean, double& m2, double seen, double other_me
 // The same by `count` others whose deviations from `shift + centre` and their squares sum to these.
 FASTGAN_INLINE void merge_sums(double& mean, double& m2, double seen, float centre, float sum,
                                float square, double count) {
-  const float difference = sum / static_cast<float>(count);
-  merge(mean, m2, seen, static_cast<double>(centre) + difference, square - sum * difference, count);
+  const double difference = sum / count;
+  const double other_m2 = std::max(square - sum * difference, 0.0);  // in this order it keeps NaN
+  merge(mean, m2, seen, centre + difference, other_m2, count);
 }
 
 // Four independent sums hide the latency of an addition.
@@ -83,7 +85,8 @@ FASTGAN_CLONES void plane_moments(const float* x, int64_t count, Moments* moment
   }
 }
 
-// shift, mean, m2: [channels], at most kTile of them.
+// shift, mean, m2: [channels], at most kTile of them. Moments and sums of tiles and chunks are
+// added to what is there.
 FASTGAN_CLONES void tile_moments(const float* x, int64_t stride, const float* shift,
                                  int64_t positions, int64_t channels, double* mean, double* m2) {
   for (int64_t begin = 0; begin < positions; begin += kRows) {

@@ -80,6 +80,17 @@ def test_statistics_keep_their_precision(layout: str) -> None:
 
 
 @both_layouts
+@pytest.mark.parametrize("scale", [1e-23, 2e-23, 3e18, 1e20])
+def test_squares_beyond_the_range_of_fp32_make_no_nan(layout: str, scale: float) -> None:
+    steps = torch.ones(2, 3, 64, 64)
+    steps[:, :, :8] = 0
+    steps[1, :, :, ::9] = 0
+    for x in (steps, torch.randn(2, 3, 64, 64)):
+        _, std = fg.instance_stats(LAYOUTS[layout](x * scale), eps=0.0, impl="native")
+        assert not std.isnan().any()
+
+
+@both_layouts
 def test_the_gradient_of_a_shifted_plane_keeps_its_precision(layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(1, 4, 24, 24) + 1000).requires_grad_()
     check(CASES["norm, relu"], x, "native")
