@@ -28,7 +28,7 @@ SHAPES = {
 }
 LOSSES = {
     "tiny": ["bce", "lsgan", "hinge"],
-    "cpu": ["bce", "lsgan"],
+    "cpu": ["bce", "lsgan", "hinge", "wgan"],
     "gpu": ["bce", "lsgan", "hinge"],
 }
 DTYPES = {"tiny": [torch.float32], "cpu": [torch.float32], "gpu": [torch.bfloat16]}
@@ -99,7 +99,16 @@ def _public_hinge(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
-PUBLIC_DISCRIMINATOR = {"bce": _public_bce, "lsgan": _public_lsgan, "hinge": _public_hinge}
+def _public_wgan(real: Tensor, fake: Tensor) -> Tensor:
+    return fake.float().mean() - real.float().mean()
+
+
+PUBLIC_DISCRIMINATOR = {
+    "bce": _public_bce,
+    "lsgan": _public_lsgan,
+    "hinge": _public_hinge,
+    "wgan": _public_wgan,
+}
 
 
 # --- Generator ----------------------------------------------------------------------------------

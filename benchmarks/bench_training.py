@@ -184,7 +184,7 @@ def recipe_variants(setting: Setting) -> Iterator[Variant]:
 
 
 def engine_variants(setting: Setting) -> Iterator[Variant]:
-    """Every engine where the setting is one for a GPU, else the eager one."""
+    """Every engine and experiment where the setting is one for a GPU, else the eager engine."""
     yield Variant("fastgan", "fastgan", lambda: RecipeStep(setting))
     if setting.autocast is not None:
         yield Variant("fastgan compile", "fastgan", lambda: RecipeStep(setting, "compile"))
@@ -193,26 +193,26 @@ def engine_variants(setting: Setting) -> Iterator[Variant]:
         )
         yield Variant(
             "fastgan graph, cudnn.benchmark",
-            "fastgan",
+            "experiment",
             lambda: RecipeStep(setting, "graph", tune=True),
             replays=True,
         )
     if setting.autocast is not None and setting.recipe == "cyclegan":
         yield Variant(
             "fastgan graph of compiled phases",
-            "fastgan",
+            "experiment",
             lambda: RecipeStep(setting, "compiled graph"),
             replays=True,
         )
         yield Variant(
             "fastgan graph, two streams",
-            "fastgan",
+            "experiment",
             lambda: RecipeStep(setting, "graph", kind=TwoStreamCycleGAN),
             replays=True,
         )
         yield Variant(
             "fastgan graph, padded channels",
-            "fastgan",
+            "experiment",
             lambda: RecipeStep(setting, "graph", padded=True),
             replays=True,
         )

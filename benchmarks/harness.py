@@ -42,7 +42,8 @@ class Variant:
 
     name: str
     kind: str
-    """``"eager"``, ``"compile"``, ``"library"`` (cuBLAS, cuDNN), ``"fastgan"`` or ``"peer"``."""
+    """``"eager"``, ``"compile"``, ``"library"`` (cuBLAS, cuDNN), ``"fastgan"``, ``"peer"`` or
+    ``"experiment"``: of fastgan, but nothing that a user can choose."""
     build: Callable[[], Function]
     """Called once per case, untimed. What it returns is timed, called with the case's inputs."""
     replays: bool = False

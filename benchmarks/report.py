@@ -132,7 +132,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
-    return [*lines, "", *_refusals(rows)]
+    return [*lines, "", *_experiments(rows), *_refusals(rows)]
 
 
 def breakdown_table(part: Record) -> list[str]:
@@ -192,6 +192,18 @@ def _pair(row: Row, field: str, unit: float) -> str:
     if field not in own or field not in other:
         return ""
     return f"{own[field] / unit:.3g} ({other[field] / unit:.3g})"
+
+
+def _experiments(rows: Iterable[Row]) -> list[str]:
+    """What no user can choose, beside the engine that it is an experiment with."""
+    found = [
+        f"- {row.op}, {row.title}: {name}: {_duration(seconds(record))}, "
+        f"{_times(row.speedup_over('fastgan graph', name))} as fast"
+        for row in rows
+        for name, record in row.records.items()
+        if record["kind"] == "experiment" and "wall" in record
+    ]
+    return ["Experiments with *fastgan graph*:", "", *found, ""] if found else []
 
 
 def _refusals(rows: Iterable[Row]) -> list[str]:
@@ -333,7 +345,8 @@ def _state(record: Record) -> str:
 
 def _drift(old: Row, new: Row) -> tuple[float, float]:
     """How much slower the competitors of a row became, and how far they disagree, at the median."""
-    theirs = [record for record in new.records.values() if record["kind"] != "fastgan"]
+    own = ("fastgan", "experiment")
+    theirs = [record for record in new.records.values() if record["kind"] not in own]
     ratios = [ratio(record, old.records.get(record["variant"])) for record in theirs]
     known = [value for value in ratios if value] or [1.0]
     drift = statistics.median(known)

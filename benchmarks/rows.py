@@ -62,6 +62,12 @@ class Row:
         own = [r for r in self.records.values() if r["kind"] == "fastgan"]
         return any(record.get("impl") != "reference" for record in own)
 
+    @property
+    def broken(self) -> bool:
+        """Whether fastgan itself was wrong or failed."""
+        own = [r for r in self.records.values() if r["kind"] == "fastgan"]
+        return any("wrong" in record or "failed" in record for record in own)
+
     def in_layout(self, layout: str) -> Row | None:
         """The row of the same computation in another memory layout."""
         wanted = (self.op, self.shape, self.dtype, layout, self.mode)

@@ -704,6 +704,24 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert judged(5.0, part="gram") == "not measured"
 
 
+def test_a_wrong_row_meets_no_target() -> None:
+    run = gpu_run()
+    own = run["instance_norm"]["records"][-1]
+    del own["wall"]
+    own["wrong"] = "result 0 is off by 1e+00"
+    target = Target("x", "y", "cuda", "instance_norm", lambda row: True, over("eager"), 1.0)
+    assert target.judge({"instance_norm": rows_of(run["instance_norm"])}).text == "missed"
+
+
+def test_no_experiment_meets_a_target() -> None:
+    run = gpu_run()
+    run["instance_norm"]["records"].append(
+        result("fastgan graph, two streams", "experiment", 1e-6, device={"median": 1e-6})
+    )
+    [row] = rows_of(run["instance_norm"])
+    assert row.speedup("eager") == pytest.approx(6.0)
+
+
 def test_the_reference_path_meets_no_target() -> None:
     run = gpu_run()
     run["instance_norm"]["records"][-1]["impl"] = "reference"

@@ -158,3 +158,22 @@ def test_constant_planes_have_finite_gradients(op: Callable[[Tensor], Tensor]) -
     op(x).square().sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
+
+
+@named({**MAPS, **VALUES, **LOSSES})
+def test_forward_mode_takes_the_reference_path(op: Callable[[Tensor], Tensor]) -> None:
+    """No kernel carries tangents, and none drops them silently."""
+    x, tangent = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
+    _, found = torch.func.jvp(op, (x,), (tangent,))
+    with fg.use_impl("reference"):
+        _, expected = torch.func.jvp(op, (x,), (tangent,))
+    assert expected.abs().sum() > 0
+    assert_close(found, expected)
+
+
+def test_forward_mode_of_a_chosen_kernel_is_refused() -> None:
+    x = torch.randn(2, 3, 5, 7)
+    if fg.explain(fg.generator_loss, x).impl == "reference":
+        pytest.skip("no kernel here")
+    with pytest.raises(fg.ImplUnavailableError, match="forward-mode"):
+        torch.func.jvp(lambda x: fg.generator_loss(x, impl="native"), (x,), (x,))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("reference", "triton", "native")
 
@@ -215,6 +216,8 @@ def _obstacle(
         raise ValueError(f"{op}: impl must be one of {', '.join(offered(family))}, got {name!r}")
     if name == "reference":
         return None
+    if forward_ad._current_level >= 0:
+        return "has no forward-mode derivatives (torch.func.jvp); use impl=None"
     if name == "triton" and device.type == "cpu":
         if not INTERPRETING:
             return "CPU tensors run only in Triton's interpreter; set TRITON_INTERPRET=1"

@@ -62,7 +62,8 @@ def discriminator_loss(
     Returns:
         fp32 scalar (fp64 for fp64 logits), also under autocast.
 
-    Differentiable twice with respect to the logits.
+    Differentiable twice with respect to the logits; the second derivative of ``hinge`` and
+    ``wgan``, which are piecewise linear, is zero, as PyTorch's own would be.
 
     Raises:
         TypeError: logits that are no floating-point tensors or not alike, or an option of the wrong
@@ -129,7 +130,7 @@ def generator_loss(
     Args:
         fake_logits: a tensor of any shape, or a list of them (scales); fp16, bf16, fp32 or fp64.
         mode: ``"bce"``, ``"lsgan"``, ``"hinge"`` or ``"wgan"``.
-        saturating: the minimax form, ``bce`` only.
+        saturating: the minimax form, ``bce`` only (else ValueError).
         scale_reduction: ``"sum"`` or ``"mean"`` over the scales.
         impl: ``"reference"``, ``"native"`` or None for the fastest that supports the call.
 
