@@ -340,19 +340,26 @@ def test_a_variant_that_cannot_be_captured_keeps_its_host_time() -> None:
 # --- What might speed a step up -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("experiment", [{"kind": TwoStreamCycleGAN}, {"padded": True}])
+def on_a_gpu(experiment: dict[str, Any]) -> Any:
+    return pytest.param("cuda", {"engine": "graph", **experiment}, marks=pytest.mark.gpu)
+
+
 @pytest.mark.parametrize(
-    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+    ("device", "experiment"),
+    [
+        ("cpu", {"padded": True}),
+        on_a_gpu({"padded": True}),
+        on_a_gpu({"kind": TwoStreamCycleGAN}),
+        on_a_gpu({"tune": True}),
+        on_a_gpu({"engine": "compiled graph"}),
+    ],
 )
-def test_experiments_with_a_step_do_not_change_it(
-    experiment: dict[str, Any], device: torch.device
-) -> None:
+def test_experiments_with_a_step_do_not_change_it(device: str, experiment: dict[str, Any]) -> None:
     setting = bench_training.Setting("cyclegan", bench_training.TINY_CYCLEGAN, 2, 24)
     images = torch.rand(2, 2, 3, 24, 24, device=device, dtype=torch.float64)
-    engine = "graph" if device.type == "cuda" else "eager"
     weights = []
-    for options in ({}, experiment):
-        step = bench_training.RecipeStep(setting, engine, **options)
+    for options in ({"engine": "graph" if device == "cuda" else "eager"}, experiment):
+        step = bench_training.RecipeStep(setting, **options)
         for _ in range(8):
             step(*images)
         weights.append(torch.cat([p.detach().flatten() for p in step._recipe.parameters()]))
