@@ -161,6 +161,13 @@ def test_constant_planes_have_finite_gradients(op: Callable[[Tensor], Tensor]) -
 
 
 @named({**MAPS, **VALUES, **LOSSES})
+def test_meta_tensors_give_shape_and_dtype(op: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 3, 5, 7)
+    expected, out = op(x), op(x.to("meta"))
+    assert (out.device.type, out.shape, out.dtype) == ("meta", expected.shape, expected.dtype)
+
+
+@named({**MAPS, **VALUES, **LOSSES})
 def test_forward_mode_takes_the_reference_path(op: Callable[[Tensor], Tensor]) -> None:
     """No kernel carries tangents, and none drops them silently."""
     x, tangent = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)

@@ -209,6 +209,11 @@ def choose(
     return "reference"
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A block in which autocast casts nothing, for ops own their precision; on meta tensors too."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 def _obstacle(
     op: str, family: str, name: str, device: torch.device, cannot: Mapping[str, str | None]
 ) -> str | None:

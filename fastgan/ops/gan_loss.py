@@ -152,7 +152,7 @@ def generator_loss(
             return -_native_loss([], fake, mode, 0.0, scale_reduction)[0]
         mode = "wgan" if mode == "hinge" else mode
         return _native_loss(fake, [], mode, 0.0, scale_reduction)[0]
-    with torch.autocast(fake[0].device.type, enabled=False):
+    with _dispatch.without_autocast(fake[0].device):
         losses = [reference.generator_loss(f, mode, saturating) for f in fake]
         return _over_scales(losses, scale_reduction)
 
@@ -212,7 +212,7 @@ def _native_loss(
 def _reference_discriminator_loss(
     real: list[Tensor], fake: list[Tensor], mode: str, label_smoothing: float, scale_reduction: str
 ) -> Tensor:
-    with torch.autocast(real[0].device.type, enabled=False):
+    with _dispatch.without_autocast(real[0].device):
         losses = [
             reference.discriminator_loss(r, f, mode, label_smoothing)
             for r, f in zip(real, fake, strict=True)

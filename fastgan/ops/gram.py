@@ -45,7 +45,7 @@ def gram_matrix(features: Tensor, *, normalize: str = "chw", impl: str | None = 
     _checks.one_of(op, "normalize", normalize, NORMALIZATIONS)
     if _choose(op, impl, [features]) == "triton":
         return _gram_matrix_op(features, normalize)
-    with torch.autocast(features.device.type, enabled=False):
+    with _dispatch.without_autocast(features.device):
         return reference.gram_matrix(features, normalize)
 
 
@@ -98,7 +98,7 @@ def style_loss(
     if _choose(op, impl, feature_list) == "triton":
         loss, _ = _style_loss_op(feature_list, target_list, normalize, weight_list)
         return loss
-    with torch.autocast(feature_list[0].device.type, enabled=False):
+    with _dispatch.without_autocast(feature_list[0].device):
         return _style_loss(feature_list, target_list, normalize, weight_list)
 
 
@@ -177,7 +177,7 @@ def content_loss(
                 f"{_checks.shape(x)}, got {_checks.shape(target)}"
             )
         _checks.same_device(op, target_name, target, name, x)
-    with torch.autocast(feature_list[0].device.type, enabled=False):
+    with _dispatch.without_autocast(feature_list[0].device):
         losses = [
             weight * reference.content_loss(x, target, reduction)
             for x, target, weight in zip(feature_list, target_list, weight_list, strict=True)
@@ -269,7 +269,7 @@ def _gram_double_backward(ctx: Any, grad_out: Tensor) -> Any:
     def formula(features: Tensor) -> Tensor:
         return reference.gram_matrix(features, ctx.normalize)
 
-    with torch.autocast(features.device.type, enabled=False):
+    with _dispatch.without_autocast(features.device):
         (grad_grad,), (grad_features,) = _library.second_order(
             formula, [features], [grad], [grad_out]
         )
@@ -395,7 +395,7 @@ def _style_loss_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
     def formula(*tensors: Tensor) -> Tensor:
         return _style_loss(tensors[: ctx.layers], tensors[ctx.layers :], ctx.normalize, ctx.weights)
 
-    with torch.autocast(grad.device.type, enabled=False):
+    with _dispatch.without_autocast(grad.device):
         (grad_grad,), grad_tensors = _library.second_order(formula, tensors, [grad], grad_grads)
     features, targets = grad_tensors[: ctx.layers], grad_tensors[ctx.layers :]
     return grad_grad, None, features, targets, None, None, None

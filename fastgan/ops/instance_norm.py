@@ -56,7 +56,7 @@ def instance_stats(
     impl = _dispatch.choose(op, "instance_norm", impl, x.device, cannot=_cannot(x), note=_copied(x))
     if impl != "reference":
         return InstanceStats(*_instance_norm.stats(x, eps, correction, impl))
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.without_autocast(x.device):
         return InstanceStats(*reference.instance_stats(x, eps, correction))
 
 
@@ -123,7 +123,7 @@ def instance_norm(
         return _instance_norm.norm(
             x, weight, bias, residual, None, 1.0, slope, reflect_pad, eps, 0, impl
         )[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.without_autocast(x.device):
         out = reference.instance_norm(
             x, weight, bias, residual, activation, negative_slope, reflect_pad, eps
         )
@@ -195,7 +195,7 @@ def adain(
         return _instance_norm.norm(
             content, style[1], style[0], None, alphas, alpha, 1.0, 0, eps, correction, impl
         )[0]
-    with torch.autocast(content.device.type, enabled=False):
+    with _dispatch.without_autocast(content.device):
         if isinstance(style, Tensor):
             style = InstanceStats(*reference.instance_stats(style, eps, correction))
         out = reference.adain(content, *style, alpha, eps, correction)
@@ -269,7 +269,7 @@ def adain_style_loss(
             weight /= max(stats[0].numel(), 1)
             total = _instance_norm.distance(total, *stats, *target, weight, impl)
         return total
-    with torch.autocast(device.type, enabled=False):
+    with _dispatch.without_autocast(device):
         losses = [
             weight * reference.adain_style_loss(x, stats[0], stats[1], eps, correction)
             for x, stats, weight in zip(feature_list, target_list, weight_list, strict=True)
