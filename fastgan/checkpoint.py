@@ -70,7 +70,7 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
         raise ValueError(f"save: path must end in .safetensors, got {path}")
     content = dumps(state)
     try:
-        _replace(path, content)
+        replace_file(path, content)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
 
@@ -290,7 +290,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"truncated, or no safetensors file ({error})"
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Put `content` in the place of `path` in one step that survives a power cut."""
     temporary = path.with_name(path.name + ".tmp")
     try:

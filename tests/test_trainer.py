@@ -6,7 +6,9 @@ import gc
 import json
 import logging
 import os
+import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dummy_recipe import Dummy, DummyConfig
 from fastgan import checkpoint
 from fastgan.device import choose_precision
 from fastgan.recipes.serialize import from_json, to_json
 from fastgan.run_folder import RunFolder
-from fastgan.training import Trainer, TrainingError, TrainingInterrupted, preset_config
+from fastgan.training import (
+    Trainer,
+    TrainingError,
+    TrainingInterrupted,
+    preset_config,
+    reporting,
+)
 from fastgan.training.config import (
     Output,
     Pictures,
@@ -450,6 +459,71 @@ class TestGuards:
         with pytest.raises(checkpoint.CheckpointError, match="No space left"):
             trainer.train()
         assert checkpoint.load(tmp_path / "latest.safetensors")["step"] == 4
+
+    @pytest.mark.parametrize("name", ["run.json", "losses.jsonl"])
+    def test_full_disk_at_resuming(
+        self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        Trainer(Dummy, make_config(folders, tmp_path, steps=4)).train()
+        before = (tmp_path / name).read_bytes()
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, {"resume": True}, steps=6))
+
+        def fail(descriptor: int) -> None:
+            if (tmp_path / f"{name}.tmp").exists():
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        expected = f"could not write {tmp_path / name}: No space left on device"
+        with pytest.raises(TrainingError, match=f"^{re.escape(expected)}$"):
+            trainer.train()
+        assert (tmp_path / name).read_bytes() == before
+        assert not list(tmp_path.glob("*.tmp"))
+
+    @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+    @pytest.mark.parametrize("fails", ["at the start", "in a step", "at the end"])
+    def test_full_disk_in_the_writer_of_tensorboard(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        fails: str,
+    ) -> None:
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, steps=8))
+        first = {"at the start": 0, "in a step": 6, "at the end": 8}[fails]
+        method = "flush" if fails == "at the end" else "write"
+        before = getattr(RecordWriter, method)
+
+        def fail(self: RecordWriter, *data: bytes) -> None:
+            if trainer.step >= first:
+                raise OSError(28, "No space left on device")
+            before(self, *data)
+
+        monkeypatch.setattr(RecordWriter, method, fail)
+        hook = threading.excepthook
+        reason = re.escape(f"{tmp_path / 'tensorboard'}: No space left on device")
+        if fails == "at the end":
+            trainer.train()
+            assert re.search(f"could not write all of {reason}", caplog.text)
+        else:
+            with pytest.raises(TrainingError, match=f"^could not write {reason}$"):
+                trainer.train()
+        assert threading.excepthook is hook
+        written = {"at the start": [], "in a step": [4], "at the end": [4, 8]}[fails]
+        assert [f"step_{step:08d}" for step in written] == [
+            path.stem for path in RunFolder(tmp_path).checkpoints()
+        ]
+
+    @pytest.mark.parametrize("name", ["losses.jsonl", "samples/step_00000006.png"])
+    def test_full_disk_at_logging(
+        self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setattr(reporting, "_keep_lines_until", lambda path, step: None)
+        trainer = Trainer(Dummy, make_config(folders, tmp_path, {"sample_every": 6}, steps=8))
+        (tmp_path / name).symlink_to("/dev/full")
+        expected = f"could not write {tmp_path / name}: No space left on device"
+        with pytest.raises(TrainingError, match=f"^{re.escape(expected)}$"):
+            trainer.train()
 
 
 class TestOutput:

@@ -1,4 +1,4 @@
-"""What stops a training run: values that are not finite, signals, too little memory."""
+"""What stops a training run: values that are not finite, signals, no more memory or disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -160,6 +161,41 @@ def memory_errors(hint: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise TrainingError(f"out of memory: {hint}") from error
         raise
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError, which need not say what could not be written, into a TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"could not write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def quiet_tensorboard() -> Iterator[None]:
+    """While entered, a thread of TensorBoard that cannot write ends without a traceback.
+
+    Nothing is lost: the writer raises the same error at its next use.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (_is_tensorboard(args.thread) and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        for thread in threading.enumerate():
+            if _is_tensorboard(thread) and getattr(thread, "exception", None):
+                thread.join(1.0)  # about to end, and to call the hook
+        threading.excepthook = before
+
+
+def _is_tensorboard(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.partition(".")[0] == "tensorboard"
 
 
 class StopSignals:

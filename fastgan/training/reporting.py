@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -19,8 +20,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fastgan.checkpoint import replace_file
 from fastgan.images import to_uint8
 from fastgan.run_folder import RunFolder
+from fastgan.training.guards import write_errors
+
+log = logging.getLogger(__name__)
 
 _TITLE_HEIGHT = 16  # pixels; PIL's built-in font is 11 high
 
@@ -34,7 +39,8 @@ class Reporter:
     def __init__(self, run: RunFolder, *, start: int, steps: int, progress: bool) -> None:
         self._run = run
         _keep_lines_until(run.losses, start)
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=start + 1)
+        with write_errors(run.tensorboard):
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=start + 1)
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -61,11 +67,12 @@ class Reporter:
         """Both are means over the steps since the last call; the bar shows the losses alone."""
         speed = self._clock.lap(step) * pictures_per_step
         values = {**losses, **others, "images_per_second": speed}
-        with self._run.losses.open("a") as file:
-            numbers = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        numbers = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        with write_errors(self._run.losses), self._run.losses.open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with write_errors(self._run.tensorboard):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         shown = " ".join(f"{name.partition('/')[2]} {loss:.3g}" for name, loss in losses.items())
         self._bar.set_postfix_str(f"{speed:.1f} images/s, {shown}", refresh=False)
 
@@ -77,8 +84,10 @@ class Reporter:
 
     def _write_samples(self, step: int, columns: Mapping[str, Tensor]) -> None:
         picture = grid(columns)
-        picture.save(self._run.sample(step))
-        self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        with write_errors(self._run.sample(step)):
+            picture.save(self._run.sample(step))
+        with write_errors(self._run.tensorboard):
+            self._board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
 
     def pause(self) -> Clock:
         """A context whose time does not count in images per second."""
@@ -90,8 +99,15 @@ class Reporter:
             self._wait()
         finally:
             self._thread.shutdown()
-            self._board.close()
             self._bar.close()
+            self._close_board()
+
+    def _close_board(self) -> None:
+        try:
+            self._board.close()
+        except OSError as error:  # a warning, as it must not hide what else ended the training
+            reason = error.strerror or error
+            log.warning("could not write all of %s: %s", self._run.tensorboard, reason)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -158,4 +174,6 @@ def _keep_lines_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+    with write_errors(path):
+        replace_file(path, kept.encode())

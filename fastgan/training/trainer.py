@@ -31,6 +31,8 @@ from fastgan.training.guards import (
     TrainingError,
     TrainingInterrupted,
     memory_errors,
+    quiet_tensorboard,
+    write_errors,
 )
 from fastgan.training.reporting import Reporter, Silence
 from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
@@ -125,7 +127,8 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: SIGINT or SIGTERM came; the state was saved.
-            TrainingError: a loss is not finite, or memory is exhausted.
+            TrainingError: a loss is not finite, memory is exhausted, or a file of the run could not
+                be written.
             fastgan.checkpoint.CheckpointError: a checkpoint could not be written.
             fastgan.images.ImageError: a file is no readable picture, under ``strict``.
         """
@@ -140,6 +143,7 @@ class Trainer:
         with (
             StopSignals() as signals,
             self._world.together(self._last_good),
+            quiet_tensorboard(),
             contextlib.closing(self._reporter()) as reporter,
             memory_errors(self._memory_hint()),
         ):
@@ -364,7 +368,8 @@ class Trainer:
 
     def _write_settings(self) -> None:
         text = json.dumps({"recipe": self.recipe.name, "config": to_json(self.config)}, indent=2)
-        self.folder.settings.write_text(text + "\n")
+        with write_errors(self.folder.settings):
+            checkpoint.replace_file(self.folder.settings, f"{text}\n".encode())
 
     def _checkpoint_to_resume(self) -> Path | None:
         """Refuses an output folder that would lose a run, or that resumes nothing."""
