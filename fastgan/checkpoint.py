@@ -285,7 +285,9 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return (
             "a pickle (.pt, .pth), which can run code when it is loaded; "
-            "fastgan reads its own safetensors checkpoints only"
+            "fastgan reads its own safetensors checkpoints only; "
+            "for public CycleGAN weights, name the folder with "
+            "latest_net_G_A.pth and latest_net_G_B.pth"
         )
     return f"truncated, or no safetensors file ({error})"
 

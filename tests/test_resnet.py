@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import cli
+from fastgan.checkpoint import CheckpointError
 from fastgan.images import load_image, save_image, to_float, to_uint8
+from fastgan.inference import load_recipe
 from fastgan.models import ResnetGenerator, load_cyclegan_generator
+from fastgan.recipes.cyclegan import PUBLIC_GENERATORS
 
 
 class PublicBlock(nn.Module):
@@ -119,6 +122,16 @@ def test_a_folder_of_the_public_code_stylizes(
         difference = load_image(out).int() - expected.int()
         assert difference.abs().max() <= 1  # fp32 rounding
     assert not torch.equal(load_image(tmp_path / "A.png"), load_image(tmp_path / "B.png"))
+
+
+def test_a_file_of_the_public_code_is_refused_and_its_folder_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / PUBLIC_GENERATORS[0]
+    torch.save(PublicGenerator(4, 2).state_dict(), path)
+    with pytest.raises(CheckpointError) as refused:
+        load_recipe(path)
+    asked_for = f"name the folder with {' and '.join(PUBLIC_GENERATORS)}"
+    assert str(refused.value).startswith(f"{path}: a pickle")
+    assert str(refused.value).endswith(asked_for)
 
 
 class _Payload:
