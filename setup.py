@@ -22,9 +22,10 @@ from setuptools import setup
 
 try:
     import torch
-except ImportError:
+except (ImportError, OSError) as error:  # OSError: torch lacks a shared library
+    reason = str(error).partition("\n")[0]
     sys.exit(
-        "fastgan: building the C++ extension needs torch in this environment: "
+        f"fastgan: building the C++ extension needs torch in this environment ({reason}): "
         "pip install torch, then pip install --no-build-isolation ."
     )
 
@@ -32,17 +33,18 @@ CUDA_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 def run(*command):
-    return subprocess.run(command, capture_output=True, text=True)
+    """The finished process; a command that cannot be started has failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
 def compiles(compiler, source, *flags):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
         path.write_text(source)
-        try:
-            result = run(*shlex.split(compiler), path, *flags, "-o", Path(folder, "probe"))
-        except OSError:
-            return False
+        result = run(*shlex.split(compiler), path, *flags, "-o", Path(folder, "probe"))
         return result.returncode == 0
 
 
@@ -64,15 +66,23 @@ def openmp_flags(compiler):
 
 
 def find_cuda_home():
-    """The toolkit's folder, or None. nvcc on PATH may be a script that calls one elsewhere."""
+    """The toolkit's folder. nvcc on PATH may be a script that calls one elsewhere."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home is None and shutil.which("nvcc"):
-        plan = run("nvcc", "--dryrun", "-E", "-x", "cu", os.devnull).stderr
+    nvcc = shutil.which("nvcc")
+    if not home and nvcc:
+        plan = run(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull).stderr
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
-        home = os.path.realpath(top[1]) if top else None
-    if home is None:
-        home = "/usr/local/cuda"
-    return home if Path(home, "bin", "nvcc").exists() else None
+        if top is None:
+            refuse(nvcc, "--dryrun")
+        home = os.path.realpath(top[1])
+    return home or "/usr/local/cuda"
+
+
+def refuse(nvcc, question):
+    sys.exit(
+        f"fastgan: {nvcc} {question} does not answer as nvcc should: set CUDA_HOME to a toolkit "
+        "that works, or FASTGAN_BUILD_CUDA=0 to build without CUDA kernels"
+    )
 
 
 def find_cuda():
@@ -82,15 +92,28 @@ def find_cuda():
         sys.exit(f"fastgan: FASTGAN_BUILD_CUDA must be auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None
-    cuda_home = find_cuda_home()
-    if torch.version.cuda is None or cuda_home is None:
+    if torch.version.cuda is None:
         if wanted == "1":
-            missing = "a CUDA build of torch" if cuda_home else "nvcc on PATH, or CUDA_HOME"
-            sys.exit(f"fastgan: FASTGAN_BUILD_CUDA=1 needs {missing}")
+            sys.exit("fastgan: FASTGAN_BUILD_CUDA=1 needs a CUDA build of torch")
         return None
-    version = re.search(
-        r"release (\d+\.\d+)", run(Path(cuda_home, "bin", "nvcc"), "--version").stdout
-    )[1]
+    cuda_home = find_cuda_home()
+    nvcc = Path(cuda_home, "bin", "nvcc")
+    if not nvcc.exists():
+        given = [f"{name}=" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+        reason = f"{''.join(given[:1])}{cuda_home} has no bin/nvcc"
+        if wanted == "1":
+            sys.exit(f"fastgan: FASTGAN_BUILD_CUDA=1 needs nvcc on PATH, or CUDA_HOME: {reason}")
+        print(
+            f"fastgan: {reason} (put nvcc on PATH, or set CUDA_HOME): "
+            "installing without CUDA kernels, GAN losses on a GPU run on the slower reference path",
+            file=sys.stderr,
+        )
+        return None
+    answer = run(nvcc, "--version")
+    release = re.search(r"release (\d+\.\d+)", answer.stdout)
+    if answer.returncode != 0 or release is None:
+        refuse(nvcc, "--version")
+    version = release[1]
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         sys.exit(
             f"fastgan: the CUDA toolkit in {cuda_home} is {version}, torch was built for CUDA "
@@ -101,8 +124,14 @@ def find_cuda():
 
 
 def default_architectures(cuda_home):
-    known = run(Path(cuda_home, "bin", "nvcc"), "--list-gpu-arch").stdout.split()
+    nvcc = Path(cuda_home, "bin", "nvcc")
+    known = run(nvcc, "--list-gpu-arch").stdout.split()
     chosen = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    if not chosen:
+        sys.exit(
+            f"fastgan: {nvcc} --list-gpu-arch lists none of {', '.join(CUDA_ARCHITECTURES)}: "
+            "set TORCH_CUDA_ARCH_LIST"
+        )
     return ";".join(chosen) + "+PTX"
 
 
@@ -118,7 +147,9 @@ def extension():
             file=sys.stderr,
         )
         return {}
-    os.environ.setdefault("CXX", compiler)  # torch would try c++, whatever was found
+    if os.environ.get("CXX") not in (None, "", compiler):
+        print(f"fastgan: CXX={os.environ['CXX']} does not work, using {compiler}", file=sys.stderr)
+    os.environ["CXX"] = compiler  # torch would try c++, whatever was found
     cuda_home = find_cuda()
     openmp = openmp_flags(compiler)
     # A conditional product may be computed for all lanes only where it may not trap: without that

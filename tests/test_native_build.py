@@ -28,6 +28,7 @@ def setup(ext_modules=(), cmdclass=None):
         "macros": dict(m for module in ext_modules for m in module.define_macros),
         "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
         "cuda_home": os.environ.get("CUDA_HOME"),
+        "cxx": os.environ.get("CXX"),
     }))
 setuptools.setup = setup
 runpy.run_path("setup.py")
@@ -52,6 +53,12 @@ def planned(**environment: str | None) -> dict[str, object]:
     assert result.returncode == 0, result.stderr
     plan: dict[str, object] = json.loads(result.stdout)
     return plan
+
+
+def only_line(result: subprocess.CompletedProcess[str]) -> str:
+    """The one that setup.py wrote; torch may have written others."""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fastgan: ")]
+    return line
 
 
 def last_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -128,8 +135,58 @@ def test_without_a_toolkit_cuda_is_left_out_unless_demanded(tmp_path: Path) -> N
     nothing = str(tmp_path)
     plan = planned(CUDA_HOME=nothing)
     assert not [source for source in plan["sources"] if source.endswith(".cu")]
-    line = last_line(run_setup(CUDA_HOME=nothing, FASTGAN_BUILD_CUDA="1"))
-    assert "FASTGAN_BUILD_CUDA=1 needs nvcc on PATH, or CUDA_HOME" in line
+    for name in ("CUDA_HOME", "CUDA_PATH") if torch.version.cuda else ():
+        reason = f"{name}={nothing} has no bin/nvcc"
+        left_out = only_line(run_setup(**{name: nothing}))
+        assert left_out.startswith(f"fastgan: {reason} (put nvcc on PATH")
+        assert "installing without CUDA kernels" in left_out
+        line = last_line(run_setup(**{name: nothing}, FASTGAN_BUILD_CUDA="1"))
+        assert line == f"fastgan: FASTGAN_BUILD_CUDA=1 needs nvcc on PATH, or CUDA_HOME: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "found_by", "wanted"),
+    [
+        ("exit 1", 0o755, "CUDA_HOME", "auto"),
+        ("exit 1", 0o755, "PATH", "auto"),
+        ("echo 'no version'", 0o755, "CUDA_HOME", "1"),
+        ("", 0o644, "CUDA_HOME", "auto"),
+    ],
+)
+def test_an_nvcc_that_does_not_work_is_one_line(
+    script: str, mode: int, found_by: str, wanted: str, tmp_path: Path
+) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA, so no toolkit is looked for")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(mode)
+    value = {"CUDA_HOME": str(tmp_path), "PATH": f"{nvcc.parent}:{os.environ['PATH']}"}[found_by]
+    line = last_line(run_setup(**{found_by: value}, FASTGAN_BUILD_CUDA=wanted))
+    question = "--version" if found_by == "CUDA_HOME" else "--dryrun"
+    assert line.startswith(f"fastgan: {nvcc} {question} does not answer as nvcc should")
+    assert "FASTGAN_BUILD_CUDA=0" in line
+
+
+def test_an_nvcc_that_lists_no_architecture_is_one_line(tmp_path: Path) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA, so no toolkit is looked for")
+    toolkit = str(fake_toolkit(tmp_path, torch.version.cuda, ""))
+    line = last_line(run_setup(CUDA_HOME=toolkit))
+    assert line.startswith(f"fastgan: {toolkit}/bin/nvcc --list-gpu-arch lists none of 7.5, ")
+    assert line.endswith(": set TORCH_CUDA_ARCH_LIST")
+    chosen = planned(CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="9.0a")
+    assert chosen["architectures"] == "9.0a"
+
+
+def test_a_compiler_that_does_not_work_is_replaced() -> None:
+    result = run_setup(CXX="no-such-compiler", FASTGAN_BUILD_CUDA="0")
+    found = json.loads(result.stdout)["cxx"]
+    assert found not in (None, "no-such-compiler")
+    line = only_line(result)
+    assert line == f"fastgan: CXX=no-such-compiler does not work, using {found}"
+    assert planned(CXX="g++ -pipe", FASTGAN_BUILD_CUDA="0")["cxx"] == "g++ -pipe"
 
 
 def test_without_a_compiler_the_package_is_pure_python(tmp_path: Path) -> None:
@@ -141,9 +198,11 @@ def test_without_a_compiler_the_package_is_pure_python(tmp_path: Path) -> None:
     )
 
 
-def test_without_torch_there_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('none here')\n")
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_without_torch_there_is_one_line(error: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(f"raise {error}('none here')\n")
     line = last_line(run_setup(PYTHONPATH=str(tmp_path)))
+    assert "(none here)" in line
     assert "pip install torch, then pip install --no-build-isolation ." in line
 
 
