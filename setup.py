@@ -156,7 +156,9 @@ def extension():
     # flag, loops with an activation stay scalar on processors that have no AVX-512.
     cxx_flags = ["-O3", "-g0", "-fvisibility=hidden"]
     cxx_flags += ["-fno-math-errno", "-fno-trapping-math", *openmp]
-    nvcc_flags = ["-O3", "--threads=4"]
+    jobs = os.environ.get("MAX_JOBS", "")
+    threads = min(4, int(jobs) or 4) if jobs.isdecimal() else 4  # nvcc's own compilers, per source
+    nvcc_flags = ["-O3", f"--threads={threads}"]
     sources = ["bindings.cpp", "gan_loss.cpp", "gan_loss_cpu.cpp", "instance_norm_cpu.cpp"]
     macros = []
     if cuda_home:

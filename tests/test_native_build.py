@@ -25,6 +25,7 @@ import json, os, runpy, setuptools
 def setup(ext_modules=(), cmdclass=None):
     print(json.dumps({
         "sources": [s for module in ext_modules for s in module.sources],
+        "nvcc": [f for module in ext_modules for f in module.extra_compile_args["nvcc"]],
         "macros": dict(m for module in ext_modules for m in module.define_macros),
         "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
         "cuda_home": os.environ.get("CUDA_HOME"),
@@ -119,6 +120,12 @@ def test_architectures_are_those_that_nvcc_knows(wrapped_toolkit: tuple[Path, st
     chosen = planned(PATH=path, TORCH_CUDA_ARCH_LIST="8.6")
     assert chosen["architectures"] == "8.6"
     assert chosen["macros"]["FASTGAN_CUDA_ARCHITECTURES"] == '"8.6"'
+
+
+def test_max_jobs_bounds_nvcc_too() -> None:
+    for jobs, threads in {None: 4, "1": 1, "64": 4}.items():
+        plan = planned(MAX_JOBS=jobs, FASTGAN_BUILD_CUDA="0")
+        assert f"--threads={threads}" in plan["nvcc"]
 
 
 def test_a_toolkit_of_another_cuda_is_one_line(tmp_path: Path) -> None:
