@@ -231,6 +231,24 @@ def test_a_stale_extension_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPa
     assert "more lines" not in reason
 
 
+@pytest.mark.parametrize("lacking", ["torch", "cuda"])
+def test_an_extension_of_an_older_fastgan_is_a_reason(
+    lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Older:
+        @staticmethod
+        def build_info() -> dict[str, str | None]:
+            info = {"torch": torch.__version__, "cuda": None}
+            return {key: value for key, value in info.items() if key != lacking}
+
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_dispatch.importlib, "import_module", lambda name: Older)
+    info, reason = _dispatch._load_native()
+    assert info is None
+    assert reason is not None
+    assert "was built for another version of fastgan; rebuild it" in reason
+
+
 def test_the_environment_report_needs_nothing_but_torch() -> None:
     result = run("from fastgan.env import main; main()")
     assert result.returncode == 0, result.stderr

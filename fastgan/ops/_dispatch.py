@@ -52,6 +52,11 @@ def _load_native() -> tuple[Any, str | None]:
             f"({str(error).splitlines()[0]}); rebuild it with pip install --no-build-isolation ."
         )
     info = extension.build_info()
+    if not {"torch", "cuda"} <= info.keys():
+        return None, (
+            "fastgan._C was built for another version of fastgan; "
+            "rebuild it with pip install --no-build-isolation ."
+        )
     if _release(info["torch"]) != _release(torch.__version__):
         return None, (
             f"fastgan._C was built for torch {info['torch']}, this is torch {torch.__version__}; "
