@@ -72,17 +72,8 @@ def find_cuda_home():
     if not home and nvcc:
         plan = run(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull).stderr
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
-        if top is None:
-            refuse(nvcc, "--dryrun")
-        home = os.path.realpath(top[1])
+        home = os.path.realpath(top[1] if top else Path(nvcc).resolve().parents[1])
     return home or "/usr/local/cuda"
-
-
-def refuse(nvcc, question):
-    sys.exit(
-        f"fastgan: {nvcc} {question} does not answer as nvcc should: set CUDA_HOME to a toolkit "
-        "that works, or FASTGAN_BUILD_CUDA=0 to build without CUDA kernels"
-    )
 
 
 def find_cuda():
@@ -112,7 +103,10 @@ def find_cuda():
     answer = run(nvcc, "--version")
     release = re.search(r"release (\d+\.\d+)", answer.stdout)
     if answer.returncode != 0 or release is None:
-        refuse(nvcc, "--version")
+        sys.exit(
+            f"fastgan: {nvcc} --version does not answer as nvcc should: set CUDA_HOME to a toolkit "
+            "that works, or FASTGAN_BUILD_CUDA=0 to build without CUDA kernels"
+        )
     version = release[1]
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         sys.exit(

@@ -171,8 +171,7 @@ def test_an_nvcc_that_does_not_work_is_one_line(
     nvcc.chmod(mode)
     value = {"CUDA_HOME": str(tmp_path), "PATH": f"{nvcc.parent}:{os.environ['PATH']}"}[found_by]
     line = last_line(run_setup(**{found_by: value}, FASTGAN_BUILD_CUDA=wanted))
-    question = "--version" if found_by == "CUDA_HOME" else "--dryrun"
-    assert line.startswith(f"fastgan: {nvcc} {question} does not answer as nvcc should")
+    assert line.startswith(f"fastgan: {nvcc} --version does not answer as nvcc should")
     assert "FASTGAN_BUILD_CUDA=0" in line
 
 
