@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from fastgan.models.patchgan import PatchGAN
 from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
+from fastgan.training import preset_config
+from fastgan.training.config import DomainPictures, Output
+from fastgan.training.data import Augmentation
 from parity import assert_same_training, copy_weights, randomise
 
 TINY = CycleGANConfig(width=4, residual_blocks=2, discriminator_width=4, discriminator_layers=2)
@@ -240,10 +244,46 @@ def test_schedule() -> None:
                 actual = recipe.lr_factor(phase, 7 * epoch + step, 7)
                 assert actual == pytest.approx(factor, abs=1e-12)
     assert recipe.default_steps(7) == 1400
-    base = CycleGAN.presets["base"]
-    assert next(iter(CycleGAN.presets)) == "base"
-    assert (base.size, base.resize, base.batch_size) == (256, 286, 1)
-    assert base.config == CycleGANConfig()
+
+
+def test_the_first_preset_has_the_constants_of_the_public_code() -> None:
+    config = preset_config(CycleGAN, None, DomainPictures(Path("data")), Output(Path("run")))
+    assert config.preset == "base"
+    assert config.training.batch_size == 1
+    assert config.augmentation == Augmentation(
+        size=256, resize=286, flip=True, rotate=0.0, jitter=0.0
+    )
+    assert dataclasses.asdict(config.recipe) == {
+        "width": 64,
+        "residual_blocks": 9,
+        "discriminator_width": 64,
+        "discriminator_layers": 3,
+        "pool_size": 50,
+        "gan_mode": "lsgan",
+        "weight_adversarial": 1.0,
+        "weight_cycle": 10.0,
+        "weight_identity": 0.5,
+        "lr": 2e-4,
+        "beta1": 0.5,
+        "beta2": 0.999,
+        "epochs": 100,
+        "epochs_decay": 100,
+    }
+    recipe = CycleGAN(config.recipe)
+    for judge in recipe.discriminators.values():
+        convolutions = [module for module in judge.modules() if isinstance(module, nn.Conv2d)]
+        assert [
+            (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride)
+            for layer in convolutions
+        ] == [
+            (3, 64, (4, 4), (2, 2)),
+            (64, 128, (4, 4), (2, 2)),
+            (128, 256, (4, 4), (2, 2)),
+            (256, 512, (4, 4), (1, 1)),
+            (512, 1, (4, 4), (1, 1)),
+        ]
+    for generator in recipe.generators.values():
+        assert (generator.head.in_channels, len(generator.blocks)) == (64, 9)
 
 
 # --- Pool ---------------------------------------------------------------------------------------
