@@ -17,6 +17,7 @@ import torch
 
 from dummy_recipe import Dummy
 from fastgan import checkpoint, cli
+from fastgan.recipes import Batch
 from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.run_folder import RunFolder
 from fastgan.training import Trainer, preset_config
@@ -169,6 +170,23 @@ def test_style_transfer_resumes_to_the_bit(
     train(tmp_path / "parts", 2, resume=False)
     torch.rand(5)  # what happens between is nobody's concern
     train(tmp_path / "parts", 4, resume=True)
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+class DrawsOnTheHost(Dummy):
+    """Weighs its losses by numbers of the global generators of Python and NumPy."""
+
+    def losses(self, phase: str, batch: Batch, scratch: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = random.random() + np.random.random()  # noqa: NPY002
+        terms = super().losses(phase, batch, scratch)
+        return {name: weight * term for name, term in terms.items()}
+
+
+def test_random_numbers_of_python_and_numpy_go_on(folders: Pictures, tmp_path: Path) -> None:
+    for name in ("whole", "parts"):
+        Trainer(DrawsOnTheHost, make_config(folders, tmp_path / name)).train()
+    RunFolder(tmp_path / "parts").newest().unlink()  # as if killed in the last step
+    Trainer(DrawsOnTheHost, make_config(folders, tmp_path / "parts", resume=True)).train()
     assert_same_training(tmp_path / "parts", tmp_path / "whole")
 
 
