@@ -28,6 +28,7 @@ from pictures import write_folders, write_pictures
 from tiny import TWO_DOMAIN_RECIPES, tiny_flags
 
 STEPS = 23
+TWO_DOMAINS = [recipe.name for recipe in TWO_DOMAIN_RECIPES]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,16 @@ def run_and_signal(
     )
 
 
+def recipe_flags(recipe: str, root: Path) -> list[str]:
+    """For a small training of `recipe` on pictures that are written below `root`."""
+    tiny = [] if recipe == "dummy" else tiny_flags(recipe)
+    if recipe in TWO_DOMAINS:
+        write_folders(root, ("trainA", "trainB"))
+        return ["--data", str(root), *tiny]
+    write_pictures(root)
+    return ["--content", str(root / "content"), "--style", str(root / "style"), *tiny]
+
+
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Every leaf of a tree by its path."""
     if isinstance(value, dict):
@@ -123,21 +134,16 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
         ("dummy", "fp32"),
         ("dummy", "bf16"),
         ("dummy", "fp16"),
-        *((recipe.name, "fp32") for recipe in TWO_DOMAIN_RECIPES),
+        *((recipe, "fp32") for recipe in ("style_transfer", *TWO_DOMAINS)),
     ],
 )
 def test_kill_and_resume(tmp_path: Path, recipe: str, precision: str) -> None:
-    if recipe == "dummy":
-        write_pictures(tmp_path)
-        own = ["--content", str(tmp_path / "content"), "--style", str(tmp_path / "style")]
-    else:
-        write_folders(tmp_path, ("trainA", "trainB"))
-        own = ["--data", str(tmp_path), *tiny_flags(recipe)]
+    own = recipe_flags(recipe, tmp_path)
     whole, killed = (
         [recipe, *own, *flags(tmp_path / name, precision=precision, workers=0)]
         for name in ("whole", "killed")
     )
-    step = random.SystemRandom().randrange(1, STEPS)
+    step = random.SystemRandom().randrange(5, STEPS)  # from 0: a checkpoint is there
     print(f"killed in step {step}")
     assert cli.main(["train", *whole]) == 0
     ended = run_and_signal(killed, step, signal.SIGKILL)
@@ -191,18 +197,26 @@ def test_random_numbers_of_python_and_numpy_go_on(folders: Pictures, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stop_and_resume(folders: Pictures, tmp_path: Path, signum: int) -> None:
-    Trainer(Dummy, make_config(folders, tmp_path / "whole")).train()
-    own = ["--content", str(folders.content), "--style", str(folders.style)]
-    stopped = ["dummy", *own, *flags(tmp_path / "stopped", workers=2)]
+@pytest.mark.parametrize(
+    ("recipe", "signum"),
+    [
+        ("dummy", signal.SIGINT),
+        ("dummy", signal.SIGTERM),
+        ("cyclegan", signal.SIGTERM),
+        ("style_transfer", signal.SIGTERM),
+    ],
+)
+def test_stop_and_resume(tmp_path: Path, recipe: str, signum: int) -> None:
+    own = recipe_flags(recipe, tmp_path)
+    assert cli.main(["train", recipe, *own, *flags(tmp_path / "whole", workers=0)]) == 0
+    stopped = [recipe, *own, *flags(tmp_path / "stopped", workers=2)]
     ended = run_and_signal(stopped, 7, signum)
     assert ended.returncode == 128 + signum, ended.stderr
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"fastgan: {signal.Signals(signum).name} after step 8: saved")
     assert "Traceback" not in ended.stderr
     # --resume alone goes on with the settings of the checkpoint
-    assert cli.main(["train", "dummy", "--out", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert cli.main(["train", recipe, "--out", str(tmp_path / "stopped"), "--resume"]) == 0
     assert_same_training(tmp_path / "stopped", tmp_path / "whole")
     lines = (tmp_path / "stopped" / "losses.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

@@ -15,8 +15,15 @@ from fastgan.recipes.unit import UNIT
 
 TWO_DOMAIN_RECIPES: tuple[type[TwoDomainRecipe], ...] = (CycleGAN, UNIT)
 
-_CHANGES = {
+_CHANGES: dict[str, dict[str, Any]] = {
     "cyclegan": {"width": 4, "residual_blocks": 2, "discriminator_width": 4, "pool_size": 5},
+    "style_transfer": {
+        "width": 8,
+        "encoder_blocks": 1,
+        "decoder_blocks": 1,
+        "discriminator_width": 4,
+        "extractor_levels": 3,
+    },
     "unit": {"width": 4, "residual_blocks": 1, "discriminator_width": 4},
 }
 """By recipe: what makes its lite preset tiny."""
@@ -34,9 +41,7 @@ def tiny_flags(recipe: str) -> list[str]:
 
 
 def tiny_style_transfer(**options: Any) -> StyleTransfer:
-    config = StyleTransferRecipeConfig(
-        width=8, encoder_blocks=1, decoder_blocks=1, discriminator_width=4, extractor_levels=3
-    )
+    config = StyleTransferRecipeConfig(**_CHANGES[StyleTransfer.name])
     return StyleTransfer(dataclasses.replace(config, **options))
 
 
