@@ -104,9 +104,10 @@ class Dummy(Recipe):
         _signal_in(step)
         return {
             "slot": torch.randint(4, (1,), generator=generator),
-            "fault": torch.tensor(
+            "fault": torch.full(
+                (),
                 0 <= step - self.config.fault_step < self.config.fault_steps
-                and _meant("FAULT_RANK")
+                and _meant("FAULT_RANK"),
             ),
         }
 

@@ -22,7 +22,8 @@ from fastgan.recipes import RECIPES, Batch, Recipe, RecipeConfig
 from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.recipes.unit import UNIT
 from fastgan.training import Trainer, preset_config
-from fastgan.training.config import Output
+from fastgan.training.config import DomainPictures, Output, Pictures
+from fastgan.training.data import Augmentation
 from fastgan.training.distributed import World
 from fastgan.training.engine import EagerEngine
 from fastgan.training.engines import (
@@ -33,7 +34,7 @@ from fastgan.training.engines import (
     make_engine,
 )
 from fastgan.training.state import engine_state, restore_engine, restore_rng, rng_state
-from pictures import write_pictures
+from pictures import write_folders, write_pictures
 from recorded_graph import RecordedGraph, SyncWatch
 from tiny import TWO_DOMAIN_RECIPES, tiny_config
 
@@ -424,6 +425,33 @@ def test_a_step_does_not_wait_for_the_device(recipe: type[Recipe], precision: An
         assert watch.waits == []
         torch.ones(()).item()
         assert watch.waits == ["aten::_local_scalar_dense"]
+
+
+@every_recipe
+def test_a_step_of_the_trainer_does_not_wait_either(recipe: type[Recipe], tmp_path: Path) -> None:
+    """What it draws and uploads before the engine's step included."""
+    write_folders(tmp_path, ("content", "style", "trainA", "trainB"))
+    two_domains = DomainPictures(tmp_path, workers=0)
+    pictures = Pictures(tmp_path / "content", tmp_path / "style", workers=0)
+    config = preset_config(
+        recipe, None, two_domains if recipe.directions else pictures, Output(tmp_path / "run")
+    )
+    trainer = Trainer(
+        recipe,
+        dataclasses.replace(
+            config,
+            recipe=CONFIGS[recipe],
+            training=dataclasses.replace(config.training, batch_size=2, accumulate=2, device="cpu"),
+            augmentation=Augmentation(size=SIZE),
+        ),
+    )
+    batches = trainer._stream.batches(0)
+    trainer._one_step(*next(batches))
+    batch = next(batches)
+    with SyncWatch() as watch:
+        trainer._one_step(*batch)
+    assert watch.waits == []
+    assert trainer.step == 2
 
 
 def resident_megabytes() -> float:
