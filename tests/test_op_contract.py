@@ -1,6 +1,7 @@
 """What every op promises whatever runs it: dtypes, strides, autocast, empty batches, compile."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -167,20 +168,46 @@ def test_meta_tensors_give_shape_and_dtype(op: Callable[[Tensor], Tensor]) -> No
     assert (out.device.type, out.shape, out.dtype) == ("meta", expected.shape, expected.dtype)
 
 
+def _jvp(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.jvp(op, (x,), (x.flip(0),))[1]
+
+
+def _grad(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: op(x).square().sum())(x)
+
+
+def _vmap(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.vmap(op)(torch.stack([x, x.flip(0)]))
+
+
+def _vmap_of_grad(op: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.vmap(lambda x: _grad(op, x))(torch.stack([x, x.flip(0)]))
+
+
 @named({**MAPS, **VALUES, **LOSSES})
-def test_forward_mode_takes_the_reference_path(op: Callable[[Tensor], Tensor]) -> None:
-    """No kernel carries tangents, and none drops them silently."""
-    x, tangent = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
-    _, found = torch.func.jvp(op, (x,), (tangent,))
+@pytest.mark.parametrize("transform", [_jvp, _grad, _vmap, _vmap_of_grad])
+def test_function_transforms_take_the_reference_path(
+    transform: Callable[..., Tensor], op: Callable[[Tensor], Tensor]
+) -> None:
+    """No kernel has rules for torch.func, and none drops a tangent silently."""
+    x = torch.randn(2, 3, 5, 7)
+    found = transform(op, x)
     with fg.use_impl("reference"):
-        _, expected = torch.func.jvp(op, (x,), (tangent,))
+        expected = transform(op, x)
     assert expected.abs().sum() > 0
     assert_close(found, expected)
 
 
-def test_forward_mode_of_a_chosen_kernel_is_refused() -> None:
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap])
+def test_a_chosen_kernel_refuses_function_transforms(transform: Callable[..., Any]) -> None:
     x = torch.randn(2, 3, 5, 7)
     if fg.explain(fg.generator_loss, x).impl == "reference":
         pytest.skip("no kernel here")
-    with pytest.raises(fg.ImplUnavailableError, match="forward-mode"):
-        torch.func.jvp(lambda x: fg.generator_loss(x, impl="native"), (x,), (x,))
+    with pytest.raises(fg.ImplUnavailableError, match=r"torch\.func"):
+        transform(lambda x: fg.generator_loss(x, impl="native"))(x)
+
+
+def test_compiled_function_transforms() -> None:
+    x = torch.randn(2, 3, 5, 7)
+    grad = torch.func.grad(lambda x: fg.instance_norm(x).pow(3).sum())
+    assert_close(torch.compile(grad, fullgraph=True)(x), grad(x))

@@ -226,8 +226,8 @@ def _obstacle(
         raise ValueError(f"{op}: impl must be one of {', '.join(offered(family))}, got {name!r}")
     if name == "reference":
         return None
-    if forward_ad._current_level >= 0:
-        return "has no forward-mode derivatives (torch.func.jvp); use impl=None"
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "has no rules for forward mode and torch.func's transforms; use impl=None"
     if name == "triton" and device.type == "cpu":
         if not INTERPRETING:
             return "CPU tensors run only in Triton's interpreter; set TRITON_INTERPRET=1"
