@@ -108,10 +108,16 @@ def load_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> 
         with Image.open(path, formats=_FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
-            return from_pil(image)
+            turn = _load(image)
     except MemoryError:  # the machine's fault, not the file's
         raise
     except Exception as error:  # on damaged files decoders raise all there is
+        raise ImageError(path, _reason(path, error)) from error
+    try:
+        return _upright_rgb(image, turn)
+    except (AttributeError, MemoryError, NameError, TypeError):  # a fault of the code
+        raise
+    except Exception as error:
         raise ImageError(path, _reason(path, error)) from error
 
 
@@ -130,12 +136,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 def from_pil(image: Image.Image) -> Tensor:
     """Upright RGB uint8 [3,H,W] of a Pillow image, as `load_image` gives it of a file."""
-    image.load()
-    upright = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    rgb = _to_rgb(image)
-    if upright is not None:
-        rgb = rgb.transpose(upright)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    return _upright_rgb(image, _load(image))
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -159,6 +160,21 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Float in [-1, 1] to uint8, rounded; what lies beyond is clamped."""
     return images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _load(image: Image.Image) -> Image.Transpose | None:
+    """Decodes `image` in place; gives what turns it upright, if it is not."""
+    image.load()
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("lacks its palette")
+    return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Tensor:
+    rgb = _to_rgb(image)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

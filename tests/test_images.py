@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import tomllib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def hwc(path: Path) -> np.ndarray:
     return tensor.permute(1, 2, 0).numpy()
 
 
-def png(width: int, height: int, depth: int, scanlines: bytes) -> bytes:
-    """An RGB file written by hand: Pillow writes neither 16-bit colour nor lies."""
+def png(width: int, height: int, depth: int, scanlines: bytes, colour: int = 2) -> bytes:
+    """A file written by hand, RGB by default: Pillow writes neither 16-bit colour nor lies."""
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
         (b"IDAT", zlib.compress(scanlines)),
         (b"IEND", b""),
     ):
@@ -85,7 +86,11 @@ def test_grey_has_three_equal_channels(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, extension: str) -> None:
     samples = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
-    path = write(tmp_path / f"a.{extension}", samples)
+    path = tmp_path / f"a.{extension}"
+    if extension == "pgm":  # which older Pillows read, but do not write
+        path.write_bytes(b"P5 8 1 65535\n" + samples.astype(">u2").tobytes())
+    else:
+        write(path, samples)
     assert hwc(path)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
 
 
@@ -238,9 +243,10 @@ def bomb_bytes() -> bytes:
         (jpeg_bytes()[:-700], ".*truncated"),
         (jpeg_bytes()[:100], "."),
         (bomb_bytes(), ".*decompression bomb"),
+        (png(2, 2, 8, bytes(6), colour=3), "lacks its palette$"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no picture$"),
     ],
-    ids=["empty", "text", "truncated", "header only", "bomb", "PostScript"],
+    ids=["empty", "text", "truncated", "header only", "bomb", "no palette", "PostScript"],
 )
 def test_a_bad_file_is_named_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "bad.png"
@@ -273,6 +279,26 @@ def test_ruined_files_never_raise_anything_else(tmp_path: Path) -> None:
             except ImageError:
                 continue
             assert picture.shape[0] == 3
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, NameError])
+def test_a_fault_of_the_code_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def old(self: Image.Image) -> bool:
+        raise kind("has_transparency_data")
+
+    path = write(tmp_path / "a.png", gradient())
+    monkeypatch.setattr(Image.Image, "has_transparency_data", property(old))
+    with pytest.raises(kind, match="has_transparency_data"):
+        load_image(path)
+
+
+def test_the_versions_that_pictures_and_flags_need_are_asked_for() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    train = tomllib.loads(text)["project"]["optional-dependencies"]["train"]
+    floors = dict(entry.split(">=") for entry in train if ">=" in entry)
+    assert floors.keys() >= {"pillow", "safetensors", "torchvision", "tyro"}
 
 
 def test_the_error_survives_pickling() -> None:
