@@ -58,10 +58,12 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
     """Files under the folder `path`, at any depth, whose extension is a picture's; sorted.
 
     Hidden files and folders are left out; links are followed, each real folder once. A `path` that
-    is a file gives that file.
+    is a file gives that file. A link in a circle and a folder that cannot be read are given as if
+    they were pictures, so that who reads the pictures names, skips and counts them.
 
     Raises:
         FileNotFoundError: there is no `path`.
+        OSError: it is a folder that cannot be read.
     """
     path = Path(path)
     if path.is_file():
@@ -77,14 +79,24 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
         if real in visited:
             continue
         visited.add(real)
-        with os.scandir(folder) as entries:
-            visible = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
-        folders += [Path(entry) for entry in visible if entry.is_dir()]
-        found += [
-            Path(entry)
-            for entry in visible
-            if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()
-        ]
+        try:
+            with os.scandir(folder) as entries:
+                visible = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        except OSError:
+            if folder == path:
+                raise
+            found.append(folder)
+            continue
+        for entry in visible:
+            named = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+            try:
+                if entry.is_dir():
+                    folders.append(Path(entry))
+                elif named and entry.is_file():
+                    found.append(Path(entry))
+            except OSError:  # a link in a circle, or to where one may not look
+                if named:
+                    found.append(Path(entry))
     return sorted(found)
 
 

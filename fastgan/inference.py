@@ -484,9 +484,9 @@ def _without_collisions(names: Mapping[Path, Path], out: Path) -> dict[Path, Pat
 
 
 def _refuse_to_overwrite(targets: Iterable[Path], inputs: Iterable[Path]) -> None:
-    real = {path.resolve() for path in inputs}
+    real = {os.path.realpath(path) for path in inputs}
     for target in targets:
-        if target.resolve() in real:
+        if os.path.realpath(target) in real:
             raise ValueError(f"out: {target} would overwrite a content or style picture")
 
 

@@ -1,5 +1,6 @@
 """Pictures of every kind come in as upright RGB; files that are none are named."""
 
+import errno
 import io
 import os
 import pickle
@@ -333,6 +334,31 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (data / "b.png").symlink_to(elsewhere / "a.png")
     assert [file.name for file in find_images(data)].count("a.png") == 1
     assert data / "b.png" in find_images(data)
+
+
+def test_what_cannot_be_read_is_found_and_named_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write(tmp_path / "good.png", gradient())
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.png").symlink_to(tmp_path / f"{other}.png")
+        (tmp_path / f"{name}.txt").symlink_to(tmp_path / f"{other}.txt")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def scandir(path: Path) -> Any:  # as for one who is not root
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    bad = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "locked"]
+    assert find_images(tmp_path) == sorted([good, *bad])
+    for path in bad:
+        with pytest.raises(ImageError, match=path.name):
+            load_image(path)
+    with pytest.raises(PermissionError):
+        find_images(tmp_path / "locked")
 
 
 def test_find_one_file_and_nothing(tmp_path: Path) -> None:

@@ -470,6 +470,18 @@ def test_strict_ends_at_the_first_file_that_is_no_picture(
         stylize(tmp_path / "in", stripes(), tmp_path / "out", strict=True, **options)
 
 
+def test_links_in_a_circle_are_skipped_and_counted(
+    recipe: StyleTransfer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "a.png").symlink_to("b.png")
+    (tmp_path / "in" / "b.png").symlink_to("a.png")
+    written = stylize(tmp_path / "in", stripes(), tmp_path / "out", checkpoint=recipe)
+    assert [path.name for path in written] == ["good.png"]
+    assert f"skipped {tmp_path / 'in' / 'a.png'}: Too many levels of symbolic links" in caplog.text
+    assert "2 of 3 files are no readable pictures" in caplog.text
+
+
 def test_unreadable_pictures_of_a_style_folder_are_skipped(
     recipe: StyleTransfer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
