@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 2: wrong arguments; 1: failed on the way; 128 + N: ended by signal N.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be no text
+    try:
+        code = _run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:  # as of `| head`; what is left to write at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE)
@@ -344,6 +359,8 @@ def _argument_errors() -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:  # of what is printed, such as the help
+        raise
     except (ValueError, OSError, CheckpointError, ImageError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
             raise Failure(2, f"{error.filename}: {error.strerror}") from error

@@ -1,5 +1,8 @@
 """The command line: what it says, and with which exit code."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +99,23 @@ def test_every_flag_of_stylize(
     assert "5/5" in said.err  # the progress bar
     assert cli.main([*flags, "--style-weights", "1", "-1"]) == 2
     assert "style_weights must be finite, not negative" in one_line(capsys)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="all names are text there")
+def test_names_that_are_no_text(folders: Pictures, tmp_path: Path) -> None:
+    recipe = save_tiny_recipe(tiny_style_transfer(), tmp_path)
+    content = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(folders.content / "0.png", content)
+    command = ["stylize", "--checkpoint", str(recipe), "--content", content, "--device", "cpu"]
+    command += ["--style", str(folders.style / "0.png"), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "fastgan.cli", *command],
+        capture_output=True, text=True, timeout=60, env=environment, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"wrote {tmp_path}/out/caf\\udce9.png\n"
 
 
 class TestWrongArguments:
@@ -361,6 +381,21 @@ class TestHelp:
         assert f"fastgan {fastgan.__version__}" in capsys.readouterr().out
         assert cli.main(["env", "now"]) == 2
         assert cli.main(["env", "--help"]) == 0
+
+    @pytest.mark.parametrize("arguments", [["train", "dummy", "--help"], ["--help"]])
+    def test_nobody_reads_on(self, arguments: list[str]) -> None:
+        code = (
+            "import dummy_recipe, sys\nfrom fastgan import cli\nsys.exit(cli.main(sys.argv[1:]))\n"
+        )
+        read, write = os.pipe()
+        os.close(read)
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        os.close(write)
+        assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
     def test_as_a_module(self) -> None:
         ended = subprocess.run(
