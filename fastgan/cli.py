@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import fastgan
+from fastgan.ops._dispatch import ImplUnavailableError, check_environment
 
 if TYPE_CHECKING:
     from fastgan.recipes import Recipe
@@ -72,6 +73,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     if command not in _COMMANDS:
         return _fail(2, f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
+    try:
+        check_environment()
+    except ValueError as error:
+        return _fail(2, str(error))
     try:
         return _COMMANDS[command](rest)
     except Failure as failure:
@@ -361,7 +366,7 @@ def _argument_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # of what is printed, such as the help
         raise
-    except (ValueError, OSError, CheckpointError, ImageError) as error:
+    except (ValueError, OSError, CheckpointError, ImageError, ImplUnavailableError) as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
             raise Failure(2, f"{error.filename}: {error.strerror}") from error
         raise Failure(2, str(error)) from error
@@ -378,6 +383,8 @@ def _training_errors() -> Iterator[None]:
         yield
     except TrainingInterrupted as error:
         raise Failure(128 + error.signum, str(error)) from error
+    except ImplUnavailableError as error:  # asked for by FASTGAN_IMPL
+        raise Failure(2, str(error)) from error
     except (TrainingError, CheckpointError, ImageError, OSError) as error:
         raise Failure(1, str(error)) from error
 

@@ -17,6 +17,7 @@ _PACKAGES = ("triton", "numpy", "torchvision", "pillow", "safetensors", "tyro", 
 
 def report() -> str:
     """Versions, GPUs, what is built, and for each op family what runs and why not the rest."""
+    _dispatch.check_environment()
     lines = [
         f"fastgan {fastgan.__version__} at {fastgan.__path__[0]}",
         f"Python {platform.python_version()} on {platform.platform()}",

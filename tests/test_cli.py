@@ -12,12 +12,13 @@ import pytest
 import fastgan
 from dummy_recipe import Dummy
 from fastgan import cli
+from fastgan.ops import _dispatch
 from fastgan.recipes import RECIPES
 from fastgan.recipes.style_transfer import StyleTransfer
 from fastgan.training.config import Pictures
 from fastgan.training.data import Augmentation, PictureStream
 from pictures import write_pictures
-from tiny import save_tiny_recipe, tiny_style_transfer
+from tiny import save_tiny_recipe, tiny_flags, tiny_style_transfer
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,37 @@ class TestWrongArguments:
         assert one_line(capsys).startswith("device 'cuda:99' cannot be used here: ")
         assert train(folders, tmp_path / "run", "--device", "toaster") == 2
         assert one_line(capsys).startswith("device 'toaster' cannot be used here: ")
+
+    @pytest.mark.parametrize("command", ["train", "stylize"])
+    def test_implementation_that_cannot_run(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+    ) -> None:
+        recipe = save_tiny_recipe(tiny_style_transfer(), tmp_path)
+        monkeypatch.setattr(_dispatch, "_FROM_ENVIRONMENT", {"instance_norm": "triton"})
+        monkeypatch.setattr(_dispatch, "INTERPRETING", False)
+        if command == "train":
+            code = train(folders, tmp_path / "run", *tiny_flags("style_transfer"),
+                         recipe="style-transfer")  # fmt: skip
+        else:
+            flags = ["--style", str(folders.style / "0.png"), "--out", str(tmp_path / "out.png")]
+            flags += ["--content", str(folders.content / "0.png"), "--device", "cpu"]
+            code = cli.main(["stylize", "--checkpoint", str(recipe), *flags])
+        assert code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert ": triton: CPU tensors run only in Triton's interpreter" in said.splitlines()[-1]
+
+    def test_implementation_that_is_unknown(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_dispatch, "_WRONG_ENVIRONMENT", "FASTGAN_IMPL=bogus: unknown")
+        assert cli.main(["env"]) == 2
+        assert one_line(capsys) == "FASTGAN_IMPL=bogus: unknown"
 
     def test_unknown_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["trian"]) == 2

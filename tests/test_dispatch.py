@@ -228,9 +228,10 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 def test_the_environment_variable_chooses() -> None:
     code = "import torch, fastgan as f; x = torch.ones(1, 2, 3, 3); print(f.explain(f.adain, x, x))"
     assert "runs reference" in run(code, FASTGAN_IMPL="reference").stdout
-    wrong = run(code, FASTGAN_IMPL="fastest")
-    assert wrong.returncode != 0
-    assert "FASTGAN_IMPL=fastest: unknown implementation" in wrong.stderr
+    for use in (code, "from fastgan.env import main; main()"):
+        wrong = run(f"import fastgan; print('imported'); {use}", FASTGAN_IMPL="fastest")
+        assert (wrong.returncode, wrong.stdout) == (1, "imported\n")
+        assert "ValueError: FASTGAN_IMPL=fastest: unknown implementation" in wrong.stderr
 
 
 def test_a_stale_extension_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:

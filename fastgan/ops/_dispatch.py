@@ -139,8 +139,22 @@ class _ThreadState(threading.local):
         self.explaining = False
 
 
+def _read_environment() -> tuple[dict[str, str], str | None]:
+    """The choice per family, or what is wrong with it."""
+    try:
+        return _parse(os.environ.get("FASTGAN_IMPL", "")), None
+    except ValueError as error:
+        return {}, str(error)
+
+
 _state = _ThreadState()
-_FROM_ENVIRONMENT = _parse(os.environ.get("FASTGAN_IMPL", ""))
+_FROM_ENVIRONMENT, _WRONG_ENVIRONMENT = _read_environment()
+
+
+def check_environment() -> None:
+    """Raises ValueError for a FASTGAN_IMPL that cannot be read; `import fastgan` raises nothing."""
+    if _WRONG_ENVIRONMENT is not None:
+        raise ValueError(_WRONG_ENVIRONMENT)
 
 
 class use_impl:
@@ -200,7 +214,7 @@ def choose(
         if note is not None and explanation.impl is not None:
             explanation = replace(explanation, note=note(explanation.impl))
         raise _Explained(explanation)
-    requested = impl or _state.choices.get(family) or _FROM_ENVIRONMENT.get(family)
+    requested = _requested(family, impl)
     if requested is not None:
         reason = _obstacle(op, family, requested, device, cannot)
         if reason is not None:
@@ -212,6 +226,11 @@ def choose(
     if device.type == "cuda" and not torch.compiler.is_compiling():
         _warn_if_something_is_missing(family)
     return "reference"
+
+
+def _requested(family: str, impl: str | None) -> str | None:
+    check_environment()
+    return impl or _state.choices.get(family) or _FROM_ENVIRONMENT.get(family)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -289,7 +308,7 @@ def _explanation(
     cannot: Mapping[str, str | None],
     slower: Mapping[str, str | None],
 ) -> Explanation:
-    requested = impl or _state.choices.get(family) or _FROM_ENVIRONMENT.get(family)
+    requested = _requested(family, impl)
     if requested is not None:
         _obstacle(op, family, requested, device, cannot)  # raises for an unknown name
     in_order = (*ORDER[family].get(device.type, ()), "reference", *offered(family))
