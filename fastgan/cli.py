@@ -360,10 +360,12 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _argument_errors() -> Iterator[None]:
     """What wrong arguments brought about."""
     from fastgan.checkpoint import CheckpointError
-    from fastgan.images import ImageError
+    from fastgan.images import ImageError, WriteError
 
     try:
         yield
+    except WriteError as error:  # a full disk
+        raise Failure(1, str(error)) from error
     except BrokenPipeError:  # of what is printed, such as the help
         raise
     except (ValueError, OSError, CheckpointError, ImageError, ImplUnavailableError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ except ImportError as error:
 
 __all__ = [
     "ImageError",
+    "WriteError",
     "find_images",
     "from_pil",
     "image_size",
@@ -52,6 +54,10 @@ class ImageError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class WriteError(OSError):
+    """A picture could not be written; says which and why."""
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
@@ -160,8 +166,25 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
-    """Write one picture [3,H,W], uint8 or float in [-1, 1], in the format `path` ends in."""
-    to_pil(image).save(path, quality=95)
+    """Write one picture [3,H,W], uint8 or float in [-1, 1], in the format `path` ends in.
+
+    It is written beside `path` and takes the name when it is complete.
+
+    Raises:
+        ValueError: `image` is no picture, or `path` ends in no known format.
+        WriteError: the file could not be written; what was at `path` is still there.
+    """
+    path = Path(path)
+    picture = to_pil(image)
+    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        try:
+            picture.save(temporary, quality=95)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"could not write {path}: {error.strerror or error}") from error
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from fastgan import checkpoint as checkpoints
 from fastgan.device import Precision, choose_device, choose_precision, is_out_of_memory
 from fastgan.images import (
     ImageError,
+    WriteError,
     find_images,
     from_pil,
     image_size,
@@ -188,6 +189,7 @@ def stylize(  # type: ignore[misc]  # the options of the overloads are the keywo
             written.
         fastgan.checkpoint.CheckpointError: the checkpoint cannot be read.
         fastgan.images.ImageError: the style, or all of the content, is no readable picture.
+        fastgan.images.WriteError: a result could not be written; those before it are.
         MemoryError: memory ran out; says at which sizes, and what helps.
 
     Source: of the mixing, Huang, Belongie, "Arbitrary Style Transfer in Real-time with Adaptive
@@ -527,7 +529,10 @@ def _render_files(
 
 
 def _save(result: Tensor, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"could not make the folder {target.parent}: {error.strerror}") from error
     save_image(result, target)
     return target
 

@@ -1,6 +1,7 @@
 """The command line: what it says, and with which exit code."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -340,6 +341,36 @@ class TestFaults:
         content = ["--content", str(folders.content / "0.png"), "--device", "cpu"]
         assert cli.main(["stylize", "--checkpoint", str(recipe), *content, *flags]) == 1
         assert one_line(capsys).startswith("out of memory: 1 picture of 60x50 px in float32 on cpu")
+
+    @pytest.mark.parametrize(
+        ("out", "room", "message"),
+        [
+            ("out.png", 500, "could not write {}/out.png: File too large"),
+            ("file/out.png", None, "could not make the folder {}/file: File exists"),
+        ],
+    )
+    def test_a_picture_that_cannot_be_written(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        out: str,
+        room: int | None,
+        message: str,
+    ) -> None:
+        (tmp_path / "file").touch()
+        recipe = save_tiny_recipe(tiny_style_transfer(), tmp_path)
+        flags = ["--style", str(folders.style / "0.png"), "--out", str(tmp_path / out)]
+        content = ["--content", str(folders.content / "0.png"), "--device", "cpu"]
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room or limits[0], limits[1]))
+        try:
+            code = cli.main(["stylize", "--checkpoint", str(recipe), *content, *flags])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 1
+        assert one_line(capsys) == message.format(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", recipe.name]
 
     def test_a_picture_that_goes_bad_under_strict(
         self,

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 
 from fastgan.images import (
     ImageError,
+    WriteError,
     find_images,
     from_pil,
     image_size,
@@ -405,6 +406,22 @@ def test_save_refuses_what_is_no_picture(tmp_path: Path) -> None:
         save_image(torch.zeros(1, 3, 4, 4), tmp_path / "a.png")
     with pytest.raises(ValueError, match="unknown file extension"):
         save_image(torch.zeros(3, 4, 4), tmp_path / "a.picture")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    save_image(torch.zeros(3, 4, 4), path)
+    before = path.read_bytes()
+
+    def fail(self: Image.Image, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half a picture")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(WriteError) as caught:
+        save_image(torch.ones(3, 4, 4), path)
+    assert str(caught.value) == f"could not write {path}: No space left on device"
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
 def test_without_pillow_one_line_says_what_to_install() -> None:
