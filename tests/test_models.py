@@ -276,8 +276,12 @@ def test_vgg19_features_are_those_of_torchvision(vgg19_weights):
 
 def test_vgg19_without_weights_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"vgg19-dcbb9e9d.pth.*download.*RandomFeatures"):
+    with pytest.raises(FileNotFoundError, match=r"vgg19-dcbb9e9d.pth.*download") as caught:
         VGG19Features()
+    in_python_or_on_the_command_line = (
+        "weights=FILE (--extractor-weights FILE), or use RandomFeatures (--extractor random)"
+    )
+    assert in_python_or_on_the_command_line in str(caught.value)
 
 
 def test_vgg19_refuses_other_files(tmp_path):

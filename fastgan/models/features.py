@@ -146,7 +146,8 @@ class VGG19Features(nn.Module):
             raise FileNotFoundError(
                 f"VGG19Features: no weights at {path}; download "
                 f"https://download.pytorch.org/models/{VGG19_WEIGHTS} to that place, pass "
-                "weights=FILE, or use RandomFeatures, which needs none"
+                "weights=FILE (--extractor-weights FILE), or use RandomFeatures (--extractor "
+                "random), which needs none"
             )
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
