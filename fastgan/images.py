@@ -22,6 +22,7 @@ __all__ = [
     "from_pil",
     "image_size",
     "load_image",
+    "no_pictures",
     "save_image",
     "to_float",
     "to_pil",
@@ -104,6 +105,14 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
                 if named:
                     found.append(Path(entry))
     return sorted(found)
+
+
+def no_pictures(path: str | os.PathLike[str]) -> str:
+    """What to say of a folder in which `find_images` found nothing."""
+    said = f"no pictures in {path}"
+    if any(files for _, _, files in os.walk(path)):
+        said += f" (looked for {' '.join(sorted(EXTENSIONS))})"
+    return said
 
 
 def load_image(path: str | os.PathLike[str], *, min_side: int | None = None) -> Tensor:

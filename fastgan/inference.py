@@ -16,9 +16,15 @@ from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+
+try:
+    from PIL import Image
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(
+        "fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]'"
+    ) from error
 
 from fastgan import checkpoint as checkpoints
 from fastgan.device import Precision, choose_device, choose_precision, is_out_of_memory
@@ -29,6 +35,7 @@ from fastgan.images import (
     from_pil,
     image_size,
     load_image,
+    no_pictures,
     save_image,
     to_float,
     to_pil,
@@ -283,7 +290,7 @@ def _pictures_of(style: Picture) -> list[Picture]:
         return [style]
     found = find_images(style)
     if not found:
-        raise ValueError(f"style: no pictures in {style}")
+        raise ValueError(f"style: {no_pictures(style)}")
     return list(found)
 
 
@@ -450,7 +457,7 @@ def _targets(content: Sequence[Path], out: Path) -> dict[Path, Path]:
     for given in content:
         found = find_images(given)
         if not found:
-            raise ValueError(f"content: no pictures in {given}")
+            raise ValueError(f"content: {no_pictures(given)}")
         root = given if given.is_dir() else given.parent
         for source in found:
             if os.path.abspath(source) not in seen:
@@ -459,7 +466,9 @@ def _targets(content: Sequence[Path], out: Path) -> dict[Path, Path]:
     single = len(content) == 1 and not content[0].is_dir()
     if not out.is_dir():
         if out.suffix.lower() in _WRITABLE and not single:
-            raise ValueError(f"out: must be a folder for more than one picture, got {out}")
+            raise ValueError(
+                f"out: must be a folder where content is a folder or several files, got {out}"
+            )
         if out.suffix and single:
             if out.suffix.lower() not in _WRITABLE:
                 raise ValueError(f"out: {out} must end in one of {', '.join(sorted(_WRITABLE))}")

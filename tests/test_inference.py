@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -593,8 +595,15 @@ class TestWrongArguments:
     def test_no_content(self, refused: Callable[..., object], tmp_path: Path) -> None:
         refused(ValueError, content=[])
         refused(FileNotFoundError, content=tmp_path / "nowhere")
-        (tmp_path / "empty").mkdir()
-        refused(ValueError, content=tmp_path / "empty")
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        caught = refused(ValueError, content=empty)
+        assert str(caught.value) == f"content: no pictures in {empty}"
+        (empty / "photo.heic").touch()
+        endings = ".bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
+        for name in ("content", "style"):
+            caught = refused(ValueError, **{name: empty})
+            assert str(caught.value) == f"{name}: no pictures in {empty} (looked for {endings})"
 
     def test_pictures_that_are_none(self, refused: Callable[..., object], tmp_path: Path) -> None:
         (tmp_path / "text.png").write_text("no picture")
@@ -606,7 +615,12 @@ class TestWrongArguments:
         refused(ValueError, out=tmp_path / "out.xyz")
         refused(ValueError, out=tmp_path / "in.png")
         refused(ValueError, out=tmp_path)  # in.png would be overwritten
-        refused(ValueError, content=folders.content, out=tmp_path / "out.png")
+        out = write(tmp_path / "one" / "a.png").with_name("out.png")
+        for several in (folders.content, tmp_path / "one", [tmp_path / "in.png"] * 2):
+            caught = refused(ValueError, content=several, out=out)
+            assert str(caught.value) == (
+                f"out: must be a folder where content is a folder or several files, got {out}"
+            )
         refused(ValueError, out=folders.style / "0.png")  # the style itself
 
     def test_checkpoint(self, refused: Callable[..., object], tmp_path: Path, run: Path) -> None:
@@ -645,3 +659,13 @@ class TestWrongArguments:
         refused(ValueError, device="toaster")
         caught = refused(ValueError, precision="fp8")
         assert str(caught.value) == "precision must be one of fp32, bf16, fp16, got 'fp8'"
+
+
+@pytest.mark.parametrize("module", ["PIL", "tqdm"])
+def test_without_the_extra_one_line_says_what_to_install(module: str) -> None:
+    script = f"import sys; sys.modules[{module!r}] = None; import fastgan.inference"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ImportError: fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]'"
+    )
