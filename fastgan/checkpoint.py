@@ -286,7 +286,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return (
             "a pickle (.pt, .pth), which can run code when it is loaded; "
             "fastgan reads its own safetensors checkpoints only; "
-            "for public CycleGAN weights, name the folder with "
+            "for public CycleGAN weights, name a .pth file or the folder with "
             "latest_net_G_A.pth and latest_net_G_B.pth"
         )
     return f"truncated, or no safetensors file ({error})"

@@ -210,8 +210,8 @@ class _StylizeFlags:
     keep_color: bool = False
     """Keep the colours of the content and take only brightness from the result."""
     checkpoint: Path | None = None
-    """A checkpoint, the folder of a run, or one with the public CycleGAN code's
-    latest_net_G_A.pth and latest_net_G_B.pth; None: the pretrained one."""
+    """A checkpoint, the folder of a run, one with the public CycleGAN code's latest_net_G_A.pth and
+    latest_net_G_B.pth, or one such file, which translates AtoB; None: the pretrained one."""
     direction: Literal["AtoB", "BtoA"] | None = None
     """From which domain to which; for checkpoints of recipes that translate between two."""
     max_side: int | None = None

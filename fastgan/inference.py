@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from PIL import Image
@@ -42,8 +42,9 @@ from fastgan.images import (
     to_uint8,
 )
 from fastgan.models.features import brightness
+from fastgan.models.resnet import load_cyclegan_generator
 from fastgan.recipes import Recipe, recipe_class
-from fastgan.recipes.cyclegan import PUBLIC_GENERATORS, CycleGAN
+from fastgan.recipes.cyclegan import PUBLIC_GENERATORS, CycleGAN, CycleGANConfig
 from fastgan.recipes.recipe import Style
 from fastgan.recipes.serialize import from_json
 from fastgan.reference import widen
@@ -59,6 +60,7 @@ Picture: TypeAlias = File | Image.Image | Tensor
 Styles: TypeAlias = Picture | Sequence[Picture] | None
 
 _WRITABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_PUBLIC_GENERATOR = "latest_net_G.pth"  # as the public code calls one that it offers alone
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _THREADS = 4  # that decode and encode files beside the networks
 
@@ -83,19 +85,36 @@ def load_recipe(path: File, device: torch.device | str = "cpu") -> Recipe:
 
     Args:
         path: a checkpoint, or the folder of a run, whose newest checkpoint is taken, or a folder
-            with the generators of the public CycleGAN code.
+            with the generators of the public CycleGAN code, or one of them, a ``.pth`` file. Of one
+            the recipe has one direction, AtoB; that of ``latest_net_G_B.pth`` is BtoA.
 
     Raises:
         fastgan.checkpoint.CheckpointError: no checkpoint can be read there.
         ValueError: it is of a recipe or a version that this fastgan does not know.
+        OSError: a generator of the public code cannot be read.
     """
     path = Path(path)
     if any((path / name).exists() for name in PUBLIC_GENERATORS):
         recipe: Recipe = CycleGAN.from_public_code(path)
+    elif (path / _PUBLIC_GENERATOR).exists():
+        recipe = _one_way(path / _PUBLIC_GENERATOR)
+    elif path.suffix == ".pth" and not path.is_dir():
+        recipe = _one_way(path)
     else:
         recipe = _load_checkpoint(path)
     recipe.requires_grad_(False)
     return recipe.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _one_way(path: Path) -> CycleGAN:
+    """With one generator of the public CycleGAN code, and its direction alone."""
+    generator = load_cyclegan_generator(path)
+    width, blocks = generator.head.in_channels, len(generator.blocks)
+    recipe = CycleGAN(CycleGANConfig(width=width, residual_blocks=blocks))
+    direction = "BtoA" if path.name == PUBLIC_GENERATORS[1] else "AtoB"
+    recipe.generators = nn.ModuleDict({direction: generator})
+    recipe.directions = (direction,)  # type: ignore[misc]  # of this recipe, not of its class
+    return recipe
 
 
 def _load_checkpoint(path: Path) -> Recipe:

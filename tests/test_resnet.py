@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastgan import cli
 from fastgan.checkpoint import CheckpointError
 from fastgan.images import load_image, save_image, to_float, to_uint8
-from fastgan.inference import load_recipe
+from fastgan.inference import load_recipe, stylize
 from fastgan.models import ResnetGenerator, load_cyclegan_generator
-from fastgan.recipes.cyclegan import PUBLIC_GENERATORS
+from fastgan.recipes.cyclegan import PUBLIC_GENERATORS, CycleGAN
 
 
 class PublicBlock(nn.Module):
@@ -124,12 +124,41 @@ def test_a_folder_of_the_public_code_stylizes(
     assert not torch.equal(load_image(tmp_path / "A.png"), load_image(tmp_path / "B.png"))
 
 
-def test_a_file_of_the_public_code_is_refused_and_its_folder_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / PUBLIC_GENERATORS[0]
+@pytest.mark.parametrize(
+    ("name", "direction", "other"),
+    [
+        ("latest_net_G", "AtoB", "BtoA"),
+        ("horses", "AtoB", "BtoA"),
+        ("latest_net_G_B", "BtoA", "AtoB"),
+    ],
+)
+def test_one_generator_of_the_public_code_translates_its_way(
+    tmp_path: Path, name: str, direction: str, other: str
+) -> None:
+    public = PublicGenerator(4, 2).eval()
+    path = tmp_path / f"{name}.pth"
+    torch.save(public.state_dict(), path)
+    content = torch.rand(1, 3, 24, 32) * 2 - 1
+    with torch.no_grad():
+        expected = public(content)
+    for given in (path, tmp_path) if name == "latest_net_G" else (path,):
+        recipe = load_recipe(given)
+        assert recipe.directions == (direction,)
+        result = stylize(content, checkpoint=recipe, direction=direction)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+        with pytest.raises(ValueError, match=f"cyclegan needs {direction}, got '{other}'"):
+            stylize(content, checkpoint=recipe, direction=other)
+    assert CycleGAN.directions == ("AtoB", "BtoA")
+
+
+def test_a_pickle_of_another_ending_is_refused_and_public_weights_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "generator.pt"
     torch.save(PublicGenerator(4, 2).state_dict(), path)
     with pytest.raises(CheckpointError) as refused:
         load_recipe(path)
-    asked_for = f"name the folder with {' and '.join(PUBLIC_GENERATORS)}"
+    asked_for = f"name a .pth file or the folder with {' and '.join(PUBLIC_GENERATORS)}"
     assert str(refused.value).startswith(f"{path}: a pickle")
     assert str(refused.value).endswith(asked_for)
 
