@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from fastgan import drawing
-from fastgan.images import load_image, save_image, to_float
+from fastgan.images import find_images, load_image, save_image, to_float
 from fastgan.inference import load_recipe
 from fastgan.metrics import gram_distance, structure_correlation
 from fastgan.models.features import RandomFeatures, grey
@@ -34,6 +34,7 @@ from fastgan.training.config import Output, Pictures, preset_config
 __all__ = ["Demo", "Scores", "run_demo"]
 
 _SIDE = 256  # shorter side of the pictures that are shown and judged, in pixels
+_METRICS = "metrics.json"  # marks the folder of a demo
 _JUDGE_SEED = 1  # of the random features that judge; training uses seed 0
 
 
@@ -85,14 +86,14 @@ class Demo:
 def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = False) -> Demo:
     """Trains the lite preset for `steps` and stylizes a photograph that training has not seen.
 
-    A demo that the folder `out` holds already is replaced. On a CPU the same seed gives the same
-    pictures.
+    A demo that the folder `out` holds already is replaced; a folder that holds anything else is
+    left alone. On a CPU the same seed gives the same pictures.
 
     Args:
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: `steps` is no positive number, or `out` cannot be written.
+        ValueError: `steps` is no positive number, or `out` cannot be written or holds other things.
         fastgan.training.TrainingError: as `Trainer.train`.
     """
     out = Path(out)
@@ -107,7 +108,12 @@ def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = Fal
         training=dataclasses.replace(config.training, steps=steps, seed=seed, ema_decay=0.99),
         recipe=StyleTransferRecipeConfig(lr_hold=steps // 2, lr_decay=12 / steps),
     )
+    if out.is_dir() and any(out.iterdir()) and not (out / _METRICS).exists():
+        raise ValueError(
+            f"out: {out} holds other things than a demo; name a new or an empty folder"
+        )
     _write_pictures(out)
+    _write_metrics(out, 0, {})  # until the demo is finished
     trainer = Trainer(StyleTransfer, config, progress=progress)
     started = time.perf_counter()
     trainer.train()
@@ -116,21 +122,17 @@ def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = Fal
     checkpoint = trainer.folder.checkpoint(trainer.step)
     recipe = load_recipe(checkpoint)
     content = _load(out / "cat.png")
-    styles = {path.stem: _load(path) for path in sorted((out / "style").iterdir())}
+    styles = {path.stem: _load(path) for path in find_images(out / "style")}
     with torch.inference_mode():
         results = {name: recipe.stylize(content, style) for name, style in styles.items()}
-    others = [_load(path) for path in sorted((out / "content").iterdir())]
+    others = [_load(path) for path in find_images(out / "content")]
     scores = {
         name: _score(content, styles[name], result, others) for name, result in results.items()
     }
     _save_grid(out / "grid.png", content, styles, results)
     _save_alpha(out / "alpha.png", recipe, content, styles)
     _save_curves(out / "curves.png", config.output.out / "losses.jsonl")
-    numbers = {
-        "steps": steps,
-        "styles": {name: dataclasses.asdict(score) for name, score in scores.items()},
-    }
-    (out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    _write_metrics(out, steps, scores)
     return Demo(
         grid=out / "grid.png",
         alpha=out / "alpha.png",
@@ -192,6 +194,14 @@ def _score(content: Tensor, style: Tensor, result: Tensor, others: list[Tensor])
             structure_correlation(TF.resize(other, shape), content).item() for other in others
         ),
     )
+
+
+def _write_metrics(out: Path, steps: int, scores: dict[str, Scores]) -> None:
+    numbers = {
+        "steps": steps,
+        "styles": {name: dataclasses.asdict(score) for name, score in scores.items()},
+    }
+    (out / _METRICS).write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def _save_grid(

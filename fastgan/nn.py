@@ -409,12 +409,16 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    return not (_has_hooks(module) or _has_own_forward(module))
+
+
 def _absorbable(following: dict[str, nn.Module | None]) -> Iterator[tuple[str, nn.Module]]:
     """An activation and a pad, or one of them, right after a norm."""
     pairs = [(slot, m) for slot, m in following.items() if m is not None][:2]
-    if pairs and type(pairs[0][1]) in (nn.ReLU, nn.LeakyReLU) and not _has_hooks(pairs[0][1]):
+    if pairs and type(pairs[0][1]) in (nn.ReLU, nn.LeakyReLU) and _is_plain(pairs[0][1]):
         yield pairs.pop(0)
-    if pairs and type(pairs[0][1]) is nn.ReflectionPad2d and not _has_hooks(pairs[0][1]):
+    if pairs and type(pairs[0][1]) is nn.ReflectionPad2d and _is_plain(pairs[0][1]):
         left, *others = pairs[0][1].padding
         if left >= 0 and all(other == left for other in others):
             yield pairs[0]

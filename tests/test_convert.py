@@ -207,6 +207,15 @@ def test_a_forward_put_in_place_of_the_modules_own_is_kept() -> None:
     assert_close(convert(model)(x), expected.double())
 
 
+@pytest.mark.parametrize("follower", [nn.ReLU(), nn.LeakyReLU(0.2), nn.ReflectionPad2d(1)])
+def test_a_follower_with_another_forward_is_not_absorbed(follower: nn.Module) -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(3), follower)
+    follower.forward = lambda x: x + 100
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    assert_close(convert(model)(x), expected.double())
+
+
 def test_shared_modules_stay_shared() -> None:
     norm, relu = nn.InstanceNorm2d(3, affine=True), nn.ReLU()
     model = nn.Sequential(

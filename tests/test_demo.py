@@ -1,6 +1,7 @@
 """The demo, a few steps of it; and a finished one, if there is one, against what it promises."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from fastgan import cli
-from fastgan.demo import Demo, run_demo
-from fastgan.images import load_image
+from fastgan.demo import Demo, _load, run_demo
+from fastgan.images import load_image, to_float
 from fastgan.inference import load_recipe, stylize
 from fastgan.metrics import gram_distance, structure_correlation
 from fastgan.models.features import RandomFeatures
@@ -50,15 +51,24 @@ def test_no_photograph_is_trained_on_and_shown(demo: Demo):
         assert other.shape != shown.shape or not torch.equal(other, shown)
 
 
-def test_pictures_in_the_grid_are_those_that_stylize_makes(demo: Demo, tmp_path: Path):
-    content = load_image(demo.content)
-    (written,) = stylize(
-        demo.content,
-        demo.styles / "night.png",
-        tmp_path / "result.png",
-        checkpoint=demo.checkpoint,
-    )
-    assert load_image(written).shape == content.shape
+def test_results_in_the_grid_are_those_that_stylize_makes(demo: Demo):
+    content, style = (_load(path) for path in (demo.content, demo.styles / "night.png"))
+    result = stylize(content, style, checkpoint=demo.checkpoint)
+    column = 1 + sorted(demo.scores).index("night")
+    height, width = content.shape[2:]
+    shown = load_image(demo.grid)[:, height:, column * width :][:, :, :width]
+    torch.testing.assert_close(to_float(shown[None]), result, rtol=0, atol=2 / 255)
+
+
+def test_only_a_demo_is_replaced(demo: Demo, tmp_path: Path):
+    mine, former = tmp_path / "mine", tmp_path / "former"
+    (mine / "run").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds other things than a demo"):
+        run_demo(mine, steps=1)
+    assert [path.name for path in mine.iterdir()] == ["run"]
+    shutil.copytree(demo.grid.parent, former)
+    (former / "style" / ".DS_Store").write_text("")  # as file managers leave them
+    assert run_demo(former, steps=1).scores.keys() == demo.scores.keys()
 
 
 def test_metrics_file_holds_the_scores(demo: Demo):

@@ -44,7 +44,7 @@ class CycleGANConfig(RecipeConfig):
     pool_size: int = 50
     """Earlier fakes of each domain kept for its discriminator; 0 shows it the newest only."""
     gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "lsgan"
-    """Form of the adversarial losses."""
+    """Form of the adversarial losses; wgan comes without clipping or penalty of the critic."""
 
     weight_adversarial: float = 1.0
     """Weight of the generators' adversarial losses."""

@@ -60,8 +60,8 @@ class StyleTransferRecipeConfig(RecipeConfig):
     content_layers: tuple[int, ...] = (1, 2)
     """Which of the extractor's maps the content loss compares, from 0."""
     content_features: Literal["extractor", "encoder"] = "extractor"
-    """Where content is compared: in the extractor's maps, or in the encoder's against what AdaIN
-    gave the decoder."""
+    """Where content is compared: in the extractor's maps, or in the content encoder's,
+    instance-normalised."""
     content_grey: bool = True
     """Show the extractor grey pictures of one brightness and contrast, so that the content loss
     leaves the colours to the style."""
@@ -70,7 +70,7 @@ class StyleTransferRecipeConfig(RecipeConfig):
     style_scale: Literal["absolute", "relative"] = "relative"
     """relative: each layer's squared distance is divided by the squared norm of its targets."""
     gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "bce"
-    """Form of the adversarial losses."""
+    """Form of the adversarial losses; wgan comes without clipping or penalty of the critic."""
     saturating: bool = False
     """bce: the generator minimises log(1 - D), which has small gradients where D is sure."""
     label_smoothing: float = 0.0

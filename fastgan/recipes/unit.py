@@ -45,7 +45,7 @@ class UNITConfig(RecipeConfig):
     latent_noise: float = 1.0
     """Standard deviation of the noise on the latents in training; 0 is none."""
     gan_mode: Literal["bce", "lsgan", "hinge", "wgan"] = "lsgan"
-    """Form of the adversarial losses."""
+    """Form of the adversarial losses; wgan comes without clipping or penalty of the critic."""
 
     weight_adversarial: float = 1.0
     """Weight of the adversarial losses."""
