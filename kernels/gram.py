@@ -231,28 +231,36 @@ def _symmetrize_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """row_scales * factor = coefficient * (grad + grad^T), entries of factor at most 1."""
+    """row_scales * factor = coefficient * (grad + grad^T), entries of factor at most 1.
+
+    The first BLOCK columns stay in registers between the search for the peak and the division.
+    """
     rows = program % (PADDED // ROWS) * ROWS + tl.arange(0, ROWS)
     b = (program // (PADDED // ROWS)).to(tl.int64)
     grad += b * (C * C)
     factor += b * (PADDED * PADDED)
     i = rows[:, None]
-    peak = tl.zeros([ROWS], tl.float32)
-    for begin in range(0, C, BLOCK):
-        j = begin + tl.arange(0, BLOCK)[None, :]
-        mask = (i < C) & (j < C)
-        total = tl.load(grad + i * C + j, mask=mask, other=0)
-        total += tl.load(grad + j * C + i, mask=mask, other=0)
-        peak = tl.maximum(peak, tl.max(tl.abs(total), 1))
+    j = tl.arange(0, BLOCK)[None, :]
+    first = _plus_transposed(grad, i, j, C)
+    peak = tl.max(tl.abs(first), 1)
+    for begin in range(BLOCK, C, BLOCK):
+        peak = tl.maximum(peak, tl.max(tl.abs(_plus_transposed(grad, i, begin + j, C)), 1))
     peak = tl.where(peak > 0, peak, 1.0)
     tl.store(row_scales + b * PADDED + rows, peak * coefficient)
-    for begin in range(0, PADDED, BLOCK):
-        j = begin + tl.arange(0, BLOCK)[None, :]
-        mask = (i < C) & (j < C)
-        total = tl.load(grad + i * C + j, mask=mask, other=0)
-        total += tl.load(grad + j * C + i, mask=mask, other=0)
-        total = (total / peak[:, None]).to(factor.dtype.element_ty)
-        tl.store(factor + i * PADDED + j, total, mask=j < PADDED)
+    factor += i * PADDED
+    tl.store(factor + j, (first / peak[:, None]).to(factor.dtype.element_ty), mask=j < PADDED)
+    for begin in range(BLOCK, PADDED, BLOCK):
+        total = _plus_transposed(grad, i, begin + j, C) / peak[:, None]
+        total = total.to(factor.dtype.element_ty)
+        tl.store(factor + begin + j, total, mask=begin + j < PADDED)
+
+
+@triton.jit
+def _plus_transposed(matrix, i, j, C: tl.constexpr):
+    mask = (i < C) & (j < C)
+    return tl.load(matrix + i * C + j, mask=mask, other=0) + tl.load(
+        matrix + j * C + i, mask=mask, other=0
+    )
 
 
 @triton.jit
@@ -560,14 +568,15 @@ def tiling(channels: int, itemsize: int, align: int, precision: str) -> Tiling:
         block_p = 32
         bwd_block_p = 64
         bwd_block_k = min(block_c, 32)
+    padded = cdiv(channels, block_c) * block_c
     finish_block = 16 if small else 32
     return Tiling(
         block_c=block_c,
         block_p=block_p,
-        padded=cdiv(channels, block_c) * block_c,
+        padded=padded,
         finish_block=finish_block,
         finish_chunk=8192 // finish_block**2,
-        symmetrize_block=min(block_c, 64),
+        symmetrize_block=min(next_power_of_2(padded), 512),
         bwd_block_p=bwd_block_p,
         bwd_block_k=bwd_block_k,
     )

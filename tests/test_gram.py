@@ -386,7 +386,7 @@ def test_features_are_read_once() -> None:
     steps = math.ceil(P / 256)  # each reads the factor and the scales of its rows
     row_scales = B * C * 4
     assert backward.stored == F + matrices // 2 + row_scales
-    assert backward.loaded == F + 4 * matrices + steps * (matrices // 2 + row_scales) + B * 4 * 4
+    assert backward.loaded == F + 2 * matrices + steps * (matrices // 2 + row_scales) + B * 4 * 4
 
 
 @interpreted
