@@ -92,6 +92,15 @@ def stats_tiling(
     blocks, work = plane_blocks(channels_last, B, C, block_c), HW * block_c
     splits = 1
     if blocks < PROGRAMS * processors and work > UNSPLIT_RUN:
+        # Fewer channels at a time, down to a 32-byte sector, where MAX_SPLITS would leave
+        # multiprocessors idle; what a program reads of other programs' results falls with them.
+        while (
+            channels_last
+            and blocks * MAX_SPLITS < PROGRAMS * processors
+            and block_c * itemsize > 32
+        ):
+            block_c, block_p = block_c // 2, 2 * block_p
+            blocks, work = plane_blocks(channels_last, B, C, block_c), HW * block_c
         splits = min(cdiv(PROGRAMS * processors, blocks), cdiv(work, MIN_RUN), MAX_SPLITS)
     run = cdiv(cdiv(HW, splits), block_p) * block_p
     splits = cdiv(HW, run)
