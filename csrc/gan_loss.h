@@ -1,5 +1,6 @@
-// GAN losses, element by element: one code for CPU and GPU, so that the tests of the CPU kernels
-// exercise the mathematics that runs on the GPU. And the interface of the kernels around it.
+// GAN losses, element by element: one code for CPU and GPU but for an exponential and a quotient,
+// so that the tests of the CPU kernels exercise the mathematics that runs on the GPU. And the
+// interface of the kernels around it.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -16,8 +17,14 @@ namespace fastgan {
 
 enum class Mode { bce, lsgan, hinge, wgan };
 
-// exp(-a) for a >= 0; 0 below 2^-127, NaN for NaN. Branch-free, so that compilers vectorise it.
+// exp(-a) for a >= 0; 0 below 2^-127, NaN for NaN. On a GPU one instruction after a product, within
+// 5e-6 of the value; elsewhere branch-free, so that compilers vectorise it.
 FASTGAN_INLINE float exp_negative(float a) {
+#ifdef __CUDA_ARCH__
+  float power_of_2;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power_of_2) : "f"(a * -1.44269504f));
+  return power_of_2;
+#else
   a = a > 88.03f ? 88.03f : a;
   // 1.5 * 2^23 rounds a small float to an integer and leaves that integer in the low bits.
   constexpr float kRound = 12582912.0f;
@@ -33,6 +40,7 @@ FASTGAN_INLINE float exp_negative(float a) {
   float power;
   memcpy(&power, &bits, sizeof power);
   return (1.0f + f + f * f * p) * power;
+#endif
 }
 
 FASTGAN_INLINE double exp_negative(double a) { return exp(-a); }
