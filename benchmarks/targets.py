@@ -279,6 +279,12 @@ TARGETS = [
         ("host time over eager", over("eager", clock="wall"), 8.0),
         ("device time over eager", over("eager"), 5.0),
         (COMPILE, over("compile"), 2.0),
+    ),
+    *_targets(
+        "cuda",
+        "gan_loss",
+        "discriminator loss forward+backward, 3 scales within 64K logits",
+        op("discriminator_loss", BOTH, shape("3 scales from 8x1x30x30")),
         ("launches", own("launches"), 2.0, True),
         ("microseconds on the device", microseconds, 6.0, True),
     ),
