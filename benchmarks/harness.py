@@ -557,9 +557,11 @@ def _capture(
     call(0)
     torch.cuda.synchronize()
     once = time.perf_counter() - start
+    stream = torch.cuda.current_stream()
     try:
         block = GraphBlock(call, sets, once, effort)
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # which a capture that CUDA ended leaves behind
         record["uncaptured"] = str(error).splitlines()[0][:200]
         return
     _, wrong = verdict(case, block.results_of_first_set(), exact)

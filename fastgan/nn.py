@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgan import reference
 from fastgan.ops import _checks
+from fastgan.ops._dispatch import without_autocast
 from fastgan.ops.gan_loss import (
     MODES,
     SCALE_REDUCTIONS,
@@ -223,7 +224,7 @@ class GANLoss(nn.Module):
         """Loss of one prediction; ``for_discriminator`` matters to ``hinge`` alone."""
         label = self.target_real_label if target_is_real else self.target_fake_label
         scales = check_logits("GANLoss", "prediction", prediction)
-        with torch.autocast(scales[0].device.type, enabled=False):
+        with without_autocast(scales[0].device):
             losses = [
                 reference.label_loss(x, label, target_is_real, self.mode, for_discriminator)
                 for x in scales

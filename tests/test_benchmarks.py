@@ -321,7 +321,11 @@ def test_a_replay_that_leaves_results_unwritten_is_wrong() -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
-def test_a_variant_that_cannot_be_captured_keeps_its_host_time() -> None:
+def test_a_variant_that_cannot_be_captured_keeps_its_host_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams: list[object] = []  # a capture that fails may leave its own one current
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     calls = iter(range(4))  # the probe and the warm-up go well
 
     def call(index: int) -> list[Tensor]:
@@ -335,6 +339,7 @@ def test_a_variant_that_cannot_be_captured_keeps_its_host_time() -> None:
     assert record["uncaptured"] == "operation not permitted when stream is capturing"
     assert "wrong" not in record
     assert not graphs
+    assert streams == [torch.cuda.current_stream()]
 
 
 # --- What might speed a step up -----------------------------------------------------------------

@@ -539,7 +539,7 @@ def test_the_automatic_choice_compiles(
     )
 
     def flag(x: Tensor) -> Tensor:
-        return x + (ops._triton_is_slower(torch.device("cuda", 0)) is not None)
+        return x + (ops._why_slower(torch.device("cuda", 0)) is not None)
 
     zero = torch.zeros((), device=device)
     assert torch.compile(flag, fullgraph=True, backend="eager")(zero) == 1
@@ -562,7 +562,7 @@ def test_capability_decides_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fg.explain(fg.gram_matrix, x, impl="triton").impl == "triton"
 
 
-def test_what_triton_cannot_run_is_refused_with_the_reason(device: torch.device) -> None:
+def test_what_why_not_run_is_refused_with_the_reason(device: torch.device) -> None:
     x = torch.randn(1, 2, 3, 3, device=device)
     with pytest.raises(fg.ImplUnavailableError, match="float64 runs on the reference path"):
         fg.gram_matrix(x.double(), impl="triton")

@@ -39,6 +39,7 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "discriminator_loss": lambda x: fg.discriminator_loss([x, x[:1]], [x.flip(0), x]),
     "generator_loss": lambda x: fg.generator_loss(x, mode="hinge"),
+    "GANLoss": lambda x: fg.nn.GANLoss("lsgan", target_real_label=0.9)(x, True),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,

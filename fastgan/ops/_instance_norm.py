@@ -180,7 +180,7 @@ def _norm_backward(ctx: Any, grad: Tensor | None, _: None, __: None) -> Any:
     grad_weight = grad_bias = grad_residual = None
     grad_x, sums = norm_backward(grad, x, weight, bias, alphas, centre, rstd, *ctx.options)
     _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    if needs_weight and needs_bias and weight.ndim == bias.ndim == 1:
+    if needs_weight and needs_bias and weight.ndim == bias.ndim == 1 and len(x) > 1:
         sums = sums.sum(1, keepdim=True)  # of both in one launch
     if needs_weight:
         grad_weight = _gradient_of(weight, sums[1])

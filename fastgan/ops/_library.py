@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.ops._dispatch import without_autocast
+
 _LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 
 
@@ -109,6 +111,7 @@ def second_order(
     ``grads`` and of ``inputs``, with a graph of their own where one is being recorded.
     """
     create_graph = torch.is_grad_enabled()
+    device = next(x.device for x in (*grads, *inputs) if x is not None)
 
     def apart(x: Tensor | None) -> Tensor | None:
         """The tensor as a variable of its own: grads may have been computed from inputs."""
@@ -116,7 +119,7 @@ def second_order(
             return None
         return x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
 
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(device):
         inputs, grads = [apart(x) for x in inputs], [apart(g) for g in grads]
         outputs = formula(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_C: Any = importlib.import_module("fastgan._C")
+from fastgan.ops._instance_norm import Padding
 
-Padding = tuple[int, int, int, int]  # left, right, top, bottom
+_C: Any = importlib.import_module("fastgan._C")
 
 
 def instance_stats_fwd(x: Tensor, mean: Tensor, std: Tensor, eps: float, correction: int) -> None:

@@ -199,12 +199,12 @@ def _choose(op: str, impl: str | None, features: Sequence[Tensor]) -> str:
         "gram",
         impl,
         device,
-        cannot={"triton": _triton_cannot(features)},
-        slower={"triton": _triton_is_slower(device)},
+        cannot={"triton": _why_not(features)},
+        slower={"triton": _why_slower(device)},
     )
 
 
-def _triton_cannot(features: Sequence[Tensor]) -> str | None:
+def _why_not(features: Sequence[Tensor]) -> str | None:
     if any(x.dtype == torch.float64 for x in features):
         return "computes in float32; float64 runs on the reference path"
     if any(x.dtype != features[0].dtype for x in features):
@@ -212,7 +212,7 @@ def _triton_cannot(features: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _triton_is_slower(device: torch.device) -> str | None:
+def _why_slower(device: torch.device) -> str | None:
     # get_device_properties is a constant to torch.compile, get_device_capability is not
     if device.type == "cuda" and torch.cuda.get_device_properties(device).major < 8:
         return "has no tensor-core path below compute capability 8.0, unlike torch.bmm"
@@ -269,10 +269,7 @@ def _gram_double_backward(ctx: Any, grad_out: Tensor) -> Any:
     def formula(features: Tensor) -> Tensor:
         return reference.gram_matrix(features, ctx.normalize)
 
-    with _dispatch.without_autocast(features.device):
-        (grad_grad,), (grad_features,) = _library.second_order(
-            formula, [features], [grad], [grad_out]
-        )
+    (grad_grad,), (grad_features,) = _library.second_order(formula, [features], [grad], [grad_out])
     return grad_grad, grad_features, None
 
 
@@ -395,8 +392,7 @@ def _style_loss_double_backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
     def formula(*tensors: Tensor) -> Tensor:
         return _style_loss(tensors[: ctx.layers], tensors[ctx.layers :], ctx.normalize, ctx.weights)
 
-    with _dispatch.without_autocast(grad.device):
-        (grad_grad,), grad_tensors = _library.second_order(formula, tensors, [grad], grad_grads)
+    (grad_grad,), grad_tensors = _library.second_order(formula, tensors, [grad], grad_grads)
     features, targets = grad_tensors[: ctx.layers], grad_tensors[ctx.layers :]
     return grad_grad, None, features, targets, None, None, None
 
