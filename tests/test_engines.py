@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,20 @@ def test_memory_does_not_grow(recipe: type[Recipe], narrower: dict[str, int]) ->
 
 
 @pytest.mark.slow
+@every_recipe
+def test_an_engine_goes_with_its_last_reference(recipe: type[Recipe]) -> None:
+    """Without waiting for the garbage collector, which does not know how full a GPU is."""
+    engine = EagerEngine(build(recipe), CPU, "fp32", 0.9)
+    train(engine, range(2))
+    gone = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_bf16_stays_close_to_fp32() -> None:
     """Every term of style transfer over 300 steps, on pictures that can be learned."""
     curves: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ depends on the host, and a captured step (`fastgan.training.engines`) does the s
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -227,16 +228,17 @@ class EagerEngine:
             fused=True,
             capturable=device.type == "cuda",
         )
-        optimizer.register_step_pre_hook(self._mask)
+        optimizer.register_step_pre_hook(functools.partial(_skip_if, self.ledger.tripped))
         return optimizer
 
-    def _mask(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Fused Adam changes nothing where `found_inf` is 1: GradScaler's finding, or a trip."""
-        found = getattr(optimizer, "found_inf", None)
-        if found is None:
-            optimizer.found_inf = self.ledger.tripped
-        elif found is not self.ledger.tripped:
-            optimizer.found_inf = torch.maximum(found, self.ledger.tripped)
+
+def _skip_if(tripped: Tensor, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Fused Adam changes nothing where `found_inf` is 1: GradScaler's finding, or a trip."""
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:
+        optimizer.found_inf = tripped
+    elif found is not tripped:
+        optimizer.found_inf = torch.maximum(found, tripped)
 
 
 def phase_parameters(recipe: Recipe, phase: str) -> dict[str, nn.Parameter]:

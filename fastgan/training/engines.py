@@ -70,8 +70,9 @@ def checkpoint_activations(recipe: Recipe) -> None:
 class CompileEngine(EagerEngine):
     """Forward and backward of each phase by ``torch.compile``, which fuses what fastgan does not.
 
-    What cannot be compiled (no compiler, a recipe that TorchDynamo cannot follow as a whole) runs
-    as in the eager engine, after a warning that says why.
+    A forward that cannot be compiled (no compiler, a recipe that TorchDynamo cannot follow as a
+    whole) runs as in the eager engine, after a warning that says why. Its backward is compiled when
+    it is first needed; an error there ends the training.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -201,13 +202,14 @@ class CudaGraph:
         caller = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(caller)
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            caught.clear()  # of PyTorch's word that this mode is a prototype
+            try:
                 work()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         caller.wait_stream(self._stream)
         reason = None
         for warning in caught:

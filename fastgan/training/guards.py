@@ -92,8 +92,10 @@ class LossLedger:
         """Notes `share` of values that nothing minimises."""
         if metrics:
             values = torch.stack(list(metrics.values())).detach()
-            noted = self._metrics.setdefault(tuple(metrics), torch.zeros_like(values))
-            noted.add_(values, alpha=share)
+            names = tuple(metrics)
+            if names not in self._metrics:
+                self._metrics[names] = torch.zeros_like(values)
+            self._metrics[names].add_(values, alpha=share)
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """Losses and metrics, means per step since the last reading. Waits for the device.
