@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from fastgan.images import ImageError, load_image
-from fastgan.training.data import Augmentation, Batch, PictureStream
+from fastgan.training.data import Augmentation, PictureStream, ReadBatch
 
 
 def picture(path: Path, width: int = 40, height: int = 36, seed: int = 0) -> Path:
@@ -51,11 +51,11 @@ def stream(folders: dict[str, Path], **options: Any) -> PictureStream:
     )
 
 
-def take(pictures: PictureStream, count: int, start: int = 0) -> list[Batch]:
+def take(pictures: PictureStream, count: int, start: int = 0) -> list[ReadBatch]:
     return list(itertools.islice(pictures.batches(start), count))
 
 
-def assert_equal(actual: list[Batch], expected: list[Batch]) -> None:
+def assert_equal(actual: list[ReadBatch], expected: list[ReadBatch]) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         assert a.paths == e.paths

@@ -198,11 +198,13 @@ _NO_MATTER = {
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{name}" if isinstance(fields, dict) else section: value
-        for section, fields in values.items()
-        for name, value in (fields.items() if isinstance(fields, dict) else [("", fields)])
-    }
+    flat: dict[str, Any] = {}
+    for section, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{name}": field for name, field in value.items()}
+        else:
+            flat[section] = value
+    return flat
 
 
 def _require(name: str, value: int, *, at_least: int) -> None:

@@ -29,7 +29,7 @@ except ImportError as error:
 
 from fastgan.images import ImageError, find_images, load_image
 
-__all__ = ["Augmentation", "Batch", "PictureStream"]
+__all__ = ["Augmentation", "PictureStream"]
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Augmentation:
         return picture
 
 
-class Batch(NamedTuple):
+class ReadBatch(NamedTuple):
     """The pictures of one step."""
 
     images: dict[str, Tensor]
@@ -173,7 +173,7 @@ class PictureStream:
         largest = max(len(domain.paths) for domain in self._domains.values())
         return math.ceil(largest / self._reader.global_batch)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Iterator[ReadBatch]:
         """The batches from number `start` on, without end.
 
         Workers live as long as the iterator. Draws nothing from torch's global random numbers.
@@ -194,7 +194,7 @@ class PictureStream:
         )
         return map(self._checked, loader)
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> ReadBatch:
         """One batch, read by this process. Raises as `batches` does."""
         return self._checked(self._reader[number])
 
@@ -208,7 +208,7 @@ class PictureStream:
             counts.append(f"{len(self.unreadable)} unreadable files skipped")
         return "; ".join(counts)
 
-    def _checked(self, read: _Read) -> Batch:
+    def _checked(self, read: _Read) -> ReadBatch:
         for path, reason in read.unreadable.items():
             if self._strict:
                 raise ImageError(path, reason)
@@ -227,7 +227,7 @@ class PictureStream:
 class _Read(NamedTuple):
     """What a worker has to say; only the training process warns and raises."""
 
-    batch: Batch
+    batch: ReadBatch
     unreadable: dict[Path, str]
     small: str | None
     """The first picture smaller than the crop, if there was one."""
@@ -252,7 +252,7 @@ class _Reader(Dataset[_Read]):
         self._part = range(rank * batch_size, (rank + 1) * batch_size)
 
     def __getitem__(self, number: int) -> _Read:
-        batch = Batch({}, [])
+        batch = ReadBatch({}, [])
         exhausted = None
         for name, domain in self._domains.items():
             crops = []
