@@ -646,6 +646,7 @@ class TestConfig:
             (Training, "steps", 0),
             (Training, "batch_size", 0),
             (Training, "seed", -1),
+            (Training, "seed", 2**64),
             (Training, "ema_decay", 1.0),
             (Training, "engine", "fast"),
         ],

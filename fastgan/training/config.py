@@ -90,6 +90,8 @@ class Training:
         _require("batch_size", self.batch_size, at_least=1)
         _require("accumulate", self.accumulate, at_least=1)
         _require("seed", self.seed, at_least=0)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be less than 2**64, got {self.seed}")
         if self.engine not in get_args(EngineName):
             engines = ", ".join(get_args(EngineName))
             raise ValueError(f"engine must be one of {engines}, got {self.engine!r}")
