@@ -17,8 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(
+        "fastgan.training needs tensorboard and tqdm: pip install 'fastgan[train]'"
+    ) from error
 
 from fastgan.checkpoint import replace_file
 from fastgan.images import to_uint8
