@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -417,6 +418,45 @@ class TestGuards:
             "out of memory: 2 pictures of 32 px of each kind in fp32 on cpu; these help: "
             "a smaller --batch-size (--accumulate makes up for it) or --size, "
             "--activation-checkpointing, --precision bf16"
+        )
+
+    @pytest.mark.slow
+    def test_a_killed_reader(self, folders: Pictures, tmp_path: Path) -> None:
+        class Killing(Dummy):
+            def draw(self, step: int, *more: Any) -> Any:
+                if step == 5:
+                    for child in multiprocessing.active_children():
+                        os.kill(child.pid, signal.SIGKILL)
+                return super().draw(step, *more)
+
+        pictures = dataclasses.replace(folders, workers=2)
+        with pytest.raises(TrainingError) as caught:
+            Trainer(Killing, make_config(pictures, tmp_path, steps=99)).train()
+        assert re.fullmatch(
+            r"a process that reads pictures was killed \(DataLoader worker \(pid.*\); "
+            rf"last good checkpoint: {RunFolder(tmp_path).newest()}; these help: fewer --workers "
+            r"\(0 reads in the training process\), more shared memory \(docker .*\)",
+            str(caught.value),
+        )
+        assert "step_00000004" in str(caught.value)
+
+    @pytest.mark.slow
+    def test_full_shared_memory(
+        self, folders: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """PyTorch's own attempt is in a thread of the worker: training would wait for ever."""
+        full = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+
+        def fail(self: torch.Tensor) -> None:
+            raise RuntimeError(full)
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+        pictures = dataclasses.replace(folders, workers=1)
+        with pytest.raises(TrainingError) as caught:
+            Trainer(Dummy, make_config(pictures, tmp_path, steps=1)).train()
+        assert str(caught.value).startswith(
+            "shared memory has no room for the pictures that were read "
+            f"(RuntimeError: {full}); last good checkpoint: none; these help: fewer --workers "
         )
 
     def test_losses_must_be_scalars(self) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 try:
     from torchvision.transforms import InterpolationMode
@@ -265,7 +265,10 @@ class _Reader(Dataset[_Read]):
                 crops.append(crop.permute(1, 2, 0))
                 batch.paths.append(path)
             else:
-                batch.images[name] = torch.stack(crops).permute(0, 3, 1, 2)
+                images = torch.stack(crops).permute(0, 3, 1, 2)
+                if get_worker_info() is not None:
+                    images.share_memory_()  # raises here, where left to the queue all would hang
+                batch.images[name] = images
         return _Read(batch, *self._loader.take_notes(), exhausted)
 
 

@@ -166,6 +166,28 @@ def memory_errors(hint: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reader_errors(what_is_left: Callable[[], str]) -> Iterator[None]:
+    """Turns the end of a process that reads pictures into a TrainingError.
+
+    PyTorch raises a RuntimeError wherever the training process happens to be.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip(" .\n")
+        if "DataLoader worker (pid" in text:
+            what = "a process that reads pictures was killed"
+        elif "</torch_" in text:  # a file in /dev/shm
+            what = "shared memory has no room for the pictures that were read"
+        else:
+            raise
+        raise TrainingError(
+            f"{what} ({text.splitlines()[-1]}); {what_is_left()}; these help: fewer --workers "
+            "(0 reads in the training process), more shared memory (docker run --shm-size=1g)"
+        ) from error
+
+
+@contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turns an OSError, which need not say what could not be written, into a TrainingError."""
     try:

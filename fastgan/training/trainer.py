@@ -32,6 +32,7 @@ from fastgan.training.guards import (
     TrainingInterrupted,
     memory_errors,
     quiet_tensorboard,
+    reader_errors,
     write_errors,
 )
 from fastgan.training.reporting import Reporter, Silence
@@ -127,8 +128,8 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: SIGINT or SIGTERM came; the state was saved.
-            TrainingError: a loss is not finite, memory is exhausted, or a file of the run could not
-                be written.
+            TrainingError: a loss is not finite, memory is exhausted, a process that reads pictures
+                was killed, or a file of the run could not be written.
             fastgan.checkpoint.CheckpointError: a checkpoint could not be written.
             fastgan.images.ImageError: a file is no readable picture, under ``strict``.
         """
@@ -143,6 +144,7 @@ class Trainer:
         with (
             StopSignals() as signals,
             self._world.together(self._last_good),
+            reader_errors(self._last_good),
             quiet_tensorboard(),
             contextlib.closing(self._reporter()) as reporter,
             memory_errors(self._memory_hint()),
