@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -102,7 +103,14 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="module")
 def data(once: Once) -> Path:
     names = ("trainA", "trainB", "content", "style")
-    return once("data", lambda root: write_folders(root, names))
+
+    def work(root: Path) -> None:
+        write_folders(root, names)
+        with contextlib.suppress(OSError):  # some systems want UTF-8
+            for path in (root / "content").iterdir():
+                path.rename(path.with_name(f"caf\udce9-{path.name}"))
+
+    return once("data", work)
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +319,11 @@ def test_what_the_first_process_alone_finds_before_the_first_step_ends_all(
     dummy_flags: list[object], tmp_path: Path
 ) -> None:
     """It alone makes the folder: the other learns from it that this cannot be done."""
-    (tmp_path / "file").touch()
-    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", tmp_path / "file" / "run")
+    (tmp_path / "caf\udce9").touch()  # a name that is not UTF-8
+    out = tmp_path / "caf\udce9" / "run"
+    ended = torchrun("dummy_recipe.py", "train", *dummy_flags, "--out", out)
     (line,) = said(ended)
-    assert line == f"fastgan: out: cannot write to {tmp_path}/file/run: Not a directory"
+    assert line == rf"fastgan: out: cannot write to {tmp_path}/caf\udce9/run: Not a directory"
 
 
 @pytest.mark.gpu

@@ -350,6 +350,13 @@ class TestGuards:
         assert [path.stem for path in RunFolder(tmp_path).checkpoints()] == ["step_00000004"]
         checkpoint.load(tmp_path / "latest.safetensors")
 
+    def test_a_picture_whose_name_is_not_utf8(self, tmp_path: Path) -> None:
+        pictures = write_pictures(tmp_path / "pictures", count=1)
+        path = (pictures.content / "0.png").rename(pictures.content / "caf\udce9.png")
+        config = make_config(pictures, tmp_path / "run", steps=2, fault="loss", fault_step=0)
+        with pytest.raises(TrainingError, match=f"^step 1: the loss .*; pictures: {path}, "):
+            Trainer(Dummy, config).train()
+
     def test_updates_are_masked_from_the_bad_step_on(self) -> None:
         engine, batch = engine_and_batch(fault="loss")
         engine.step(batch, 0, 10)

@@ -84,14 +84,14 @@ class World:
         """The `text` of the first process."""
         if self.size == 1:
             return text
-        data = _to_tensor(text.encode())
+        data = _to_tensor(encode(text))
         length = torch.tensor(len(data))
         with _contact():
             dist.broadcast(length, 0)
             if self.rank != 0:
                 data = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(data, 0)
-        return data.numpy().tobytes().decode()
+        return decode(data.numpy().tobytes())
 
     def gather(self, data: bytes) -> list[bytes]:
         """In the first process the `data` of each, in their order; nothing in the others."""
@@ -125,8 +125,9 @@ class World:
             raise TrainingError(self._reason(error, what_is_left())) from None
         except BaseException as error:
             if self._store is not None:
+                reason = cast(str, encode(str(error) or repr(error)))  # a store takes bytes as well
                 with contextlib.suppress(RuntimeError):
-                    self._store.set(f"ended/{self.rank}", str(error) or repr(error))
+                    self._store.set(f"ended/{self.rank}", reason)
             raise
 
     def _reason(self, error: LostContact, left: str) -> str:
@@ -139,7 +140,7 @@ class World:
             while silent and time.monotonic() < until:
                 for rank in sorted(silent):
                     if self._store.check([f"ended/{rank}"]):
-                        return str(self._store.get(f"ended/{rank}").decode())
+                        return decode(self._store.get(f"ended/{rank}"))
                     if self._store.check([f"alive/{rank}"]):
                         silent.remove(rank)
                 time.sleep(0.05)
@@ -255,7 +256,7 @@ def say_once(message: str, say: Callable[[str], None]) -> None:
     if _size() == 1:
         say(message)
         return
-    key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"said/{hashlib.sha256(encode(message)).hexdigest()}"
     try:
         first = _store().add(key, 1) == 1
         if not first:
@@ -287,6 +288,16 @@ def first_speaks() -> Iterator[None]:
             with contextlib.suppress(RuntimeError):
                 _store().wait(["spoken"], datetime.timedelta(seconds=_LAST_WORDS))
             raise
+
+
+def encode(text: str) -> bytes:
+    """`text` to be sent; it may name files, and a file's name need not be UTF-8."""
+    return text.encode(errors="surrogateescape")
+
+
+def decode(data: bytes) -> str:
+    """Inverse of `encode`."""
+    return data.decode(errors="surrogateescape")
 
 
 def _size() -> int:

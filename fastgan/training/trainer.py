@@ -24,7 +24,7 @@ from fastgan.recipes.serialize import to_json
 from fastgan.run_folder import RunFolder
 from fastgan.training.config import TrainConfig, changed_fields, config_from_json
 from fastgan.training.data import PictureStream
-from fastgan.training.distributed import join_world, own_device
+from fastgan.training.distributed import decode, encode, join_world, own_device
 from fastgan.training.engines import make_engine
 from fastgan.training.guards import (
     StopSignals,
@@ -292,8 +292,8 @@ class Trainer:
         if bad is not None:
             step, terms = bad
             own = self._unwatched[step] if self._engine.ledger.is_culprit() else []
-            gathered = self._world.gather("\n".join(map(str, own)).encode())
-            pictures = ", ".join(paths.decode().replace("\n", ", ") for paths in gathered if paths)
+            gathered = self._world.gather(encode("\n".join(map(str, own))))
+            pictures = ", ".join(decode(paths).replace("\n", ", ") for paths in gathered if paths)
             raise TrainingError(
                 self._world.share(
                     f"step {step + 1}: the loss {', '.join(terms)} is not finite; "
