@@ -271,6 +271,43 @@ def test_other_settings_are_said(
     assert "other settings than before: training.batch_size: 2 -> 3" in caplog.text
 
 
+def test_other_pictures_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = write_pictures(tmp_path)
+    Trainer(Dummy, make_config(pictures, tmp_path / "run")).train()
+    resumed = make_config(pictures, tmp_path / "run", resume=True)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        moved = dataclasses.replace(pictures, content=pictures.content.rename(tmp_path / "moved"))
+        Trainer(Dummy, dataclasses.replace(resumed, pictures=moved))
+        (message,) = caplog.messages  # that the folder is another one; its pictures are the same
+        assert "pictures.content: " in message
+        moved.content.rename(pictures.content)
+        caplog.clear()
+        (pictures.content / "sub").mkdir()
+        (pictures.content / "0.png").rename(pictures.content / "sub" / "0.png")
+        for number in range(8):
+            (pictures.style / f"new{number}.png").symlink_to(pictures.style / "0.png")
+        Trainer(Dummy, resumed)
+    assert caplog.messages == [
+        "resumed with other pictures than before: "
+        "content: as many pictures, not the same ones; their order changes",
+        "resumed with other pictures than before: "
+        "style: 5 -> 13 pictures; order and schedule change",
+    ]
+
+
+def test_an_older_checkpoint_knows_no_pictures(
+    folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(Dummy, make_config(folders, tmp_path)).train()
+    latest = (tmp_path / "latest.safetensors").resolve()
+    state = checkpoint.load(latest)
+    del state["folders"]
+    checkpoint.save(latest, state)
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        assert Trainer(Dummy, make_config(folders, tmp_path, resume=True)).step == STEPS
+    assert not caplog.messages
+
+
 def test_other_networks_are_refused(folders: Pictures, tmp_path: Path) -> None:
     Trainer(Dummy, make_config(folders, tmp_path)).train()
     config = make_config(folders, tmp_path, resume=True)

@@ -596,6 +596,14 @@ class TestOutput:
         for mine in ("notes.txt", "config.json", "samples/best.png"):
             assert (tmp_path / mine).read_text() == "mine"
 
+    @pytest.mark.parametrize("inside", [".", "run", "new/run"])
+    def test_a_run_does_not_learn_from_itself(self, tmp_path: Path, inside: str) -> None:
+        pictures = write_pictures(tmp_path)
+        expected = f"out: {pictures.style / inside} is in {pictures.style}, "
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}"):
+            Trainer(Dummy, make_config(pictures, pictures.style / inside))
+        assert not (pictures.style / inside / "samples").exists()
+
     def test_a_folder_with_other_things_is_fine(self, folders: Pictures, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
         Trainer(Dummy, make_config(folders, tmp_path, steps=1)).train()

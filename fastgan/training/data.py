@@ -8,13 +8,14 @@ a resumed run sees the batches it would have seen, and N processes share the bat
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -164,6 +165,11 @@ class PictureStream:
             domain: _Domain(folder, (seed, number), augmentation, loader)
             for number, (domain, folder) in enumerate(self._folders.items())
         }
+        self.folders_state = {
+            domain: {"pictures": len(own.paths), "names": _hash(own.paths, self._folders[domain])}
+            for domain, own in self._domains.items()
+        }
+        """By domain: how many pictures its folder holds, and a hash of their names in order."""
         self._reader = _Reader(self._domains, loader, batch_size, rank, world_size)
         self.batch(0)  # what nobody can train on is found here, not in a worker
 
@@ -342,6 +348,23 @@ class _Loader:
         new = dict(itertools.islice(self._unreadable.items(), self._noted, None))
         self._noted = len(self._unreadable)
         return new, self._small
+
+
+def changed_folders(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``domain: how its pictures differ; what that changes``, of two `folders_state`."""
+    changed = []
+    for domain, folder in now.items():
+        old, new = before[domain]["pictures"], folder["pictures"]
+        if old != new:
+            changed.append(f"{domain}: {old} -> {new} pictures; order and schedule change")
+        elif before[domain]["names"] != folder["names"]:
+            changed.append(f"{domain}: as many pictures, not the same ones; their order changes")
+    return changed
+
+
+def _hash(paths: Sequence[Path], folder: Path) -> str:
+    names = (os.fsencode(path.relative_to(folder)) for path in paths)
+    return hashlib.sha256(b"\0".join(names)).hexdigest()
 
 
 def _cut(picture: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from fastgan.recipes import Batch, Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.run_folder import RunFolder
 from fastgan.training.config import TrainConfig, changed_fields, config_from_json
-from fastgan.training.data import PictureStream
+from fastgan.training.data import PictureStream, changed_folders
 from fastgan.training.distributed import decode, encode, join_world, own_device
 from fastgan.training.engines import make_engine
 from fastgan.training.guards import (
@@ -209,6 +209,7 @@ class Trainer:
                 "recipe": self.recipe.name,
                 "config": to_json(self.config),
                 "step": self.step,
+                "folders": self._stream.folders_state,
                 **engine_state(self._engine, self._keys),
                 "rng": rng,
                 "other_processes": [checkpoint.loads(content) for content in others],
@@ -378,6 +379,12 @@ class Trainer:
         output, folder = self.config.output, self.folder
         if folder.path.exists() and not folder.path.is_dir():
             raise ValueError(f"out: {folder.path} is not a folder")
+        for domain, pictures in self.config.pictures.folders.items():
+            if folder.path.resolve().is_relative_to(pictures.resolve()):
+                raise ValueError(
+                    f"out: {folder.path} is in {pictures}, the folder of {domain} pictures: the "
+                    "run would learn from its own sample grids"
+                )
         if output.resume:
             newest = folder.newest()
             if newest is None:
@@ -404,6 +411,9 @@ class Trainer:
         changed = changed_fields(before, self.config)
         if changed:
             log.warning("resumed with other settings than before: %s", "; ".join(changed))
+        if "folders" in state:  # not in older ones
+            for change in changed_folders(state["folders"], self._stream.folders_state):
+                log.warning("resumed with other pictures than before: %s", change)
         restore_engine(self._engine, self._keys, state)
         restore_rng(state["rng"], self._device)
         self.step = state["step"]
