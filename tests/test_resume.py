@@ -271,10 +271,34 @@ def test_other_settings_are_said(
     assert "other settings than before: training.batch_size: 2 -> 3" in caplog.text
 
 
+def test_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_pictures(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pictures = Pictures(Path("content"), Path("style"), workers=0)
+    with caplog.at_level(logging.INFO, "fastgan"):
+        Trainer(Dummy, make_config(pictures, tmp_path / "run")).train()
+    assert "content: 5 pictures in content; style: 5 pictures in style" in caplog.messages
+    with caplog.at_level(logging.WARNING, "fastgan"):
+        Trainer(Dummy, make_config(pictures, tmp_path / "run", resume=True))
+    assert not [each for each in caplog.messages if "before" in each]  # the same settings
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume = ["train", "dummy", "--out", "../run", "--resume", "--steps", str(STEPS + 1)]
+    assert cli.main(resume) == 0
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    state = checkpoint.load(tmp_path / "run" / "latest.safetensors")
+    assert state["step"] == STEPS + 1
+    for stored in (settings["pictures"], state["config"]["pictures"]):
+        assert stored["content"] == str(tmp_path / "content")
+
+
 def test_other_pictures_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = write_pictures(tmp_path)
     Trainer(Dummy, make_config(pictures, tmp_path / "run")).train()
     resumed = make_config(pictures, tmp_path / "run", resume=True)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "fastgan"):
         moved = dataclasses.replace(pictures, content=pictures.content.rename(tmp_path / "moved"))
         Trainer(Dummy, dataclasses.replace(resumed, pictures=moved))
@@ -303,6 +327,7 @@ def test_an_older_checkpoint_knows_no_pictures(
     state = checkpoint.load(latest)
     del state["folders"]
     checkpoint.save(latest, state)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "fastgan"):
         assert Trainer(Dummy, make_config(folders, tmp_path, resume=True)).step == STEPS
     assert not caplog.messages

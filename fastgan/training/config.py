@@ -180,6 +180,16 @@ def config_from_json(recipe: type[Recipe], values: Any) -> TrainConfig:
     )
 
 
+def with_absolute_folders(config: TrainConfig) -> TrainConfig:
+    """`config` with folders of pictures that are found from any working directory."""
+    absolute: dict[str, Any] = {
+        name: value.absolute()
+        for name, value in vars(config.pictures).items()
+        if isinstance(value, Path)
+    }
+    return dataclasses.replace(config, pictures=dataclasses.replace(config.pictures, **absolute))
+
+
 def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
     """``section.field: old -> new`` of every field that decides what is learned and differs."""
     old, new = _flat(to_json(before)), _flat(to_json(now))

@@ -22,7 +22,12 @@ from fastgan.images import to_float
 from fastgan.recipes import Batch, Recipe
 from fastgan.recipes.serialize import to_json
 from fastgan.run_folder import RunFolder
-from fastgan.training.config import TrainConfig, changed_fields, config_from_json
+from fastgan.training.config import (
+    TrainConfig,
+    changed_fields,
+    config_from_json,
+    with_absolute_folders,
+)
 from fastgan.training.data import PictureStream, changed_folders
 from fastgan.training.distributed import decode, encode, join_world, own_device
 from fastgan.training.engines import make_engine
@@ -207,7 +212,7 @@ class Trainer:
             state = {
                 "fastgan": fastgan.__version__,
                 "recipe": self.recipe.name,
-                "config": to_json(self.config),
+                "config": to_json(with_absolute_folders(self.config)),
                 "step": self.step,
                 "folders": self._stream.folders_state,
                 **engine_state(self._engine, self._keys),
@@ -370,7 +375,8 @@ class Trainer:
         )
 
     def _write_settings(self) -> None:
-        text = json.dumps({"recipe": self.recipe.name, "config": to_json(self.config)}, indent=2)
+        config = to_json(with_absolute_folders(self.config))
+        text = json.dumps({"recipe": self.recipe.name, "config": config}, indent=2)
         with write_errors(self.folder.settings):
             checkpoint.replace_file(self.folder.settings, f"{text}\n".encode())
 
@@ -408,7 +414,7 @@ class Trainer:
             )
         if self._world.rank > 0:
             state |= others[self._world.rank - 1]
-        changed = changed_fields(before, self.config)
+        changed = changed_fields(*map(with_absolute_folders, (before, self.config)))
         if changed:
             log.warning("resumed with other settings than before: %s", "; ".join(changed))
         if "folders" in state:  # not in older ones
