@@ -157,18 +157,18 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
     """What the flags are laid over: the config of the run to resume, else the preset's."""
     import tyro
 
-    from fastgan.checkpoint import read_header
     from fastgan.run_folder import RunFolder
     from fastgan.training.config import Output, pictures_class, preset_config
-    from fastgan.training.trainer import training_config
+    from fastgan.training.trainer import config_to_resume
 
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", nargs="?")  # tyro says it where a value is missing
     early.add_argument("--out", nargs="?", type=Path)
     early.add_argument("--resume", action="store_true")
     given, _ = early.parse_known_args(flags)
-    path = RunFolder(given.out).newest() if given.resume and given.out else None
-    if path is None:
+    resumes = given.resume and given.out
+    config = config_to_resume(RunFolder(given.out), recipe) if resumes else None
+    if config is None:
         pictures = pictures_class(recipe)
         required = [
             field.name
@@ -181,7 +181,6 @@ def _starting_config(recipe: type[Recipe], flags: list[str]) -> TrainConfig:
             pictures(**dict.fromkeys(required, tyro.MISSING)),
             Output(out=tyro.MISSING),
         )
-    config = training_config(read_header(path), recipe, path)
     if given.preset not in (None, config.preset):
         raise ValueError(f"preset: {given.out} was begun with {config.preset}, got {given.preset}")
     return dataclasses.replace(

@@ -175,7 +175,7 @@ class TestWrongArguments:
         assert train(folders, tmp_path) == 0
         capsys.readouterr()
         assert train(folders, tmp_path, "--resume", recipe="other") == 2
-        assert "a checkpoint of the recipe dummy, not of other" in one_line(capsys)
+        assert "safetensors: of the recipe dummy, not of other" in one_line(capsys)
 
     def test_preset_of_another_run(
         self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -226,11 +226,33 @@ def test_stop_and_resume(tmp_path: Path, recipe: str, signum: int) -> None:
 def test_killed_before_the_first_checkpoint(
     folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Trainer(Dummy, make_config(folders, tmp_path))._write_settings()
-    with caplog.at_level(logging.WARNING, "fastgan"):
-        trainer = Trainer(Dummy, make_config(folders, tmp_path, resume=True))
-    assert trainer.step == 0
-    assert "no checkpoint yet" in caplog.text
+    """--resume alone begins anew, with the settings that are in run.json."""
+    for name in ("whole", "killed"):
+        trainer = Trainer(Dummy, make_config(folders, tmp_path / name, batch_size=1))
+        trainer.train() if name == "whole" else trainer._write_settings()
+    resume = ["train", "dummy", "--out", str(tmp_path / "killed"), "--resume"]
+    assert cli.main(resume) == 0
+    assert f"{tmp_path / 'killed'} has no checkpoint yet: training from the start" in caplog.text
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "run.json: damaged"),
+        ("3", "run.json: damaged"),
+        ("{}", "run.json: of the recipe None, not of dummy"),
+        ('{"recipe": "dummy"}', "run.json (fastgan unknown): config: expected an object"),
+    ],
+)
+def test_damaged_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert cli.main(["train", "dummy", "--out", str(tmp_path), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastgan: {tmp_path}/{message}")
+    assert said.count("\n") == 1
 
 
 def test_losses_and_pictures_of_undone_steps_are_replaced(

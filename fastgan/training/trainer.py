@@ -376,7 +376,8 @@ class Trainer:
 
     def _write_settings(self) -> None:
         config = to_json(with_absolute_folders(self.config))
-        text = json.dumps({"recipe": self.recipe.name, "config": config}, indent=2)
+        settings = {"fastgan": fastgan.__version__, "recipe": self.recipe.name, "config": config}
+        text = json.dumps(settings, indent=2)
         with write_errors(self.folder.settings):
             checkpoint.replace_file(self.folder.settings, f"{text}\n".encode())
 
@@ -426,6 +427,23 @@ class Trainer:
         log.info("resumed from %s", path)
 
 
+def config_to_resume(folder: RunFolder, recipe: type[Recipe]) -> TrainConfig | None:
+    """The config of the run in `folder`: of its last checkpoint, before the first of ``run.json``.
+
+    None where there is no run. Raises as `training_config`.
+    """
+    newest = folder.newest()
+    if newest is not None:
+        return training_config(checkpoint.read_header(newest), recipe, newest)
+    if not folder.settings.exists():
+        return None
+    try:
+        settings = dict(json.loads(folder.settings.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder.settings}: damaged ({error})") from None
+    return _stored_config(settings, recipe, folder.settings)
+
+
 def training_config(state: Any, recipe: type[Recipe], path: Path) -> TrainConfig:
     """The config in `state`, a training checkpoint of `recipe` (or its header) read from `path`.
 
@@ -434,14 +452,16 @@ def training_config(state: Any, recipe: type[Recipe], path: Path) -> TrainConfig
     """
     if not isinstance(state, dict) or "optimizers" not in state:
         raise ValueError(f"{path}: holds no training to resume")
-    if state["recipe"] != recipe.name:
-        raise ValueError(
-            f"{path}: a checkpoint of the recipe {state['recipe']}, not of {recipe.name}"
-        )
+    return _stored_config(state, recipe, path)
+
+
+def _stored_config(stored: dict[str, Any], recipe: type[Recipe], path: Path) -> TrainConfig:
+    if stored.get("recipe") != recipe.name:
+        raise ValueError(f"{path}: of the recipe {stored.get('recipe')}, not of {recipe.name}")
     try:
-        return config_from_json(recipe, state["config"])
+        return config_from_json(recipe, stored.get("config"))
     except ValueError as error:
-        written_by = state.get("fastgan", "unknown")
+        written_by = stored.get("fastgan", "unknown")
         raise ValueError(f"{path} (fastgan {written_by}): {error}") from None
 
 
