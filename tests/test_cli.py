@@ -218,7 +218,10 @@ class TestWrongArguments:
         assert train(folders, tmp_path) == 0
         capsys.readouterr()
         assert train(folders, tmp_path) == 2
-        assert one_line(capsys).startswith(f"out: {tmp_path} holds a run; --resume goes on")
+        assert one_line(capsys) == (
+            f"out: {tmp_path} holds a run; --resume goes on with it, "
+            "--overwrite deletes it and starts anew"
+        )
         assert train(folders, tmp_path, "--overwrite") == 0
 
     @pytest.mark.parametrize("out", ["/proc/run", "/dev/null", "/dev/null/run"])

@@ -157,16 +157,13 @@ def test_kill_and_resume(tmp_path: Path, recipe: str, precision: str) -> None:
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_style_transfer_resumes_to_the_bit(
-    folders: Pictures, tmp_path: Path, precision: Any
-) -> None:
+def test_style_transfer_resumes_to_the_bit_in_bf16(folders: Pictures, tmp_path: Path) -> None:
     def train(out: Path, steps: int, resume: bool) -> None:
         config = preset_config(StyleTransfer, "lite", folders, Output(out, resume=resume))
         config = dataclasses.replace(
             config,
             training=dataclasses.replace(
-                config.training, steps=steps, batch_size=1, device="cpu", precision=precision
+                config.training, steps=steps, batch_size=1, device="cpu", precision="bf16"
             ),
             augmentation=dataclasses.replace(config.augmentation, size=32, resize=40),
         )

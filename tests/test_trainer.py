@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -127,20 +125,6 @@ def test_a_phase_takes_no_gradients_of_the_other() -> None:
     assert seen == {"discriminator": {"discriminator"}, "generator": {"generator"}}
     trained = {name for name, p in engine.recipe.named_parameters() if p.requires_grad}
     assert trained == {name for ps in engine.parameters.values() for name in ps}
-
-
-def test_a_training_does_not_grow() -> None:
-    engine, batch = engine_and_batch()
-
-    def tensors_after(steps: range) -> int:
-        for step in steps:
-            engine.step(batch, step, 10)
-        gc.collect()
-        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-
-    tensors_after(range(3))  # and after whatever earlier tests left behind
-    before = tensors_after(range(3, 6))
-    assert tensors_after(range(6, 43)) <= before
 
 
 def test_weight_average_formula() -> None:
@@ -576,15 +560,11 @@ class TestGuards:
 
 
 class TestOutput:
-    def test_a_run_is_not_lost(self, folders: Pictures, tmp_path: Path) -> None:
-        Trainer(Dummy, make_config(folders, tmp_path, steps=2)).train()
-        with pytest.raises(ValueError, match=r"holds a run; --resume .* --overwrite"):
-            Trainer(Dummy, make_config(folders, tmp_path, steps=2))
-
     def test_overwrite_deletes_the_run_alone(self, folders: Pictures, tmp_path: Path) -> None:
-        Trainer(Dummy, make_config(folders, tmp_path, steps=8)).train()
+        (tmp_path / "samples").mkdir()
         for mine in ("notes.txt", "config.json", "samples/best.png"):
             (tmp_path / mine).write_text("mine")
+        Trainer(Dummy, make_config(folders, tmp_path, steps=8)).train()
         config = make_config(folders, tmp_path, {"overwrite": True}, steps=2)
         trainer = Trainer(Dummy, config)
         assert len(RunFolder(tmp_path).checkpoints()) == 2  # nothing is lost before training starts
@@ -604,46 +584,11 @@ class TestOutput:
             Trainer(Dummy, make_config(pictures, pictures.style / inside))
         assert not (pictures.style / inside / "samples").exists()
 
-    def test_a_folder_with_other_things_is_fine(self, folders: Pictures, tmp_path: Path) -> None:
-        (tmp_path / "notes.txt").write_text("mine")
-        Trainer(Dummy, make_config(folders, tmp_path, steps=1)).train()
-
     def test_nothing_is_made_when_something_is_wrong(self, tmp_path: Path) -> None:
         missing = Pictures(tmp_path / "no", tmp_path / "no")
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             Trainer(Dummy, make_config(missing, tmp_path / "run"))
         assert not (tmp_path / "run").exists()
-
-
-class TestPictures:
-    def test_odd_files(
-        self, folders: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        content = tmp_path / "content"
-        content.mkdir()
-        noise = np.random.default_rng(0).integers(0, 255, (40, 44, 4), dtype=np.uint8)
-        Image.fromarray(noise[..., :3]).save(content / "good.jpg", quality=95)
-        whole = (content / "good.jpg").read_bytes()
-        (content / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-        (content / "text.png").write_text("no picture")
-        (content / "empty.png").touch()
-        Image.fromarray(noise[:1, :1, :3]).save(content / "tiny.png")
-        Image.fromarray(noise[..., 0]).save(content / "grey.png")
-        Image.fromarray(noise[..., :3]).quantize(16).save(content / "palette.png")
-        Image.fromarray(noise).save(content / "rgba.png")
-        Image.fromarray(noise[..., :3]).convert("CMYK").save(content / "cmyk.jpg")
-        Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(content / "sixteen.png")
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        Image.fromarray(noise[..., :3]).save(content / "rotated.jpg", exif=exif)
-        pictures = dataclasses.replace(folders, content=content)
-        with caplog.at_level(logging.WARNING, "fastgan"):
-            Trainer(Dummy, make_config(pictures, tmp_path / "run", steps=8)).train()
-        warned = [record.getMessage() for record in caplog.records]
-        for bad in ("truncated.jpg", "text.png", "empty.png"):
-            assert sum(bad in message for message in warned) == 1
-        assert sum("scaled up" in message for message in warned) == 1
-        assert len(warned) == 4
 
 
 class TestConfig:
