@@ -20,9 +20,16 @@ from torch import Tensor
 
 from dummy_recipe import Dummy
 from fastgan.recipes import RECIPES, Recipe
-from fastgan.training import Trainer, TrainingError, preset_config
-from fastgan.training.config import DomainPictures, Output, Pictures, TrainConfig
-from fastgan.training.distributed import leave_world
+from fastgan.training import (
+    DomainPictures,
+    Output,
+    Pictures,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    leave_world,
+    preset_config,
+)
 from fastgan.training.engine import EagerEngine
 from fastgan.training.engines import GraphEngine
 from recorded_graph import RecordedGraph

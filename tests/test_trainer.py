@@ -25,20 +25,17 @@ from fastgan.device import choose_precision
 from fastgan.recipes.serialize import from_json, to_json
 from fastgan.run_folder import RunFolder
 from fastgan.training import (
+    Output,
+    Pictures,
+    TrainConfig,
     Trainer,
+    Training,
     TrainingError,
     TrainingInterrupted,
     preset_config,
     reporting,
 )
-from fastgan.training.config import (
-    Output,
-    Pictures,
-    TrainConfig,
-    Training,
-    changed_fields,
-    config_from_json,
-)
+from fastgan.training.config import changed_fields, config_from_json
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
 from fastgan.training.guards import StopSignals, stack_losses
 from fastgan.training.reporting import grid

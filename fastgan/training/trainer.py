@@ -58,7 +58,8 @@ class Trainer:
 
     Where torchrun has started several processes, each makes a trainer of its own with the same
     config, and they train together: each on its part of every batch, with a GPU, random numbers and
-    an image pool of its own. The first of them writes the files. All must see the same folders.
+    an image pool of its own. The first of them writes the files. All must see the same folders,
+    and call `leave_world` when `train` has returned.
 
     Args:
         progress: show a progress bar on standard error.
