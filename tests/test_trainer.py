@@ -581,6 +581,12 @@ class TestOutput:
             Trainer(Dummy, make_config(pictures, pictures.style / inside))
         assert not (pictures.style / inside / "samples").exists()
 
+    def test_a_folder_that_is_a_link_to_itself(self, folders: Pictures, tmp_path: Path) -> None:
+        (tmp_path / "loop").symlink_to("loop")
+        looped = dataclasses.replace(folders, style=tmp_path / "loop")
+        with pytest.raises(OSError, match=str(tmp_path / "loop")):
+            Trainer(Dummy, make_config(looped, tmp_path / "run"))
+
     def test_nothing_is_made_when_something_is_wrong(self, tmp_path: Path) -> None:
         missing = Pictures(tmp_path / "no", tmp_path / "no")
         with pytest.raises(FileNotFoundError, match="no such file or folder"):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import random
 import signal
 from pathlib import Path
@@ -388,7 +389,7 @@ class Trainer:
         if folder.path.exists() and not folder.path.is_dir():
             raise ValueError(f"out: {folder.path} is not a folder")
         for domain, pictures in self.config.pictures.folders.items():
-            if folder.path.resolve().is_relative_to(pictures.resolve()):
+            if Path(os.path.realpath(folder.path)).is_relative_to(os.path.realpath(pictures)):
                 raise ValueError(
                     f"out: {folder.path} is in {pictures}, the folder of {domain} pictures: the "
                     "run would learn from its own sample grids"
