@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import io
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import fastgan
+from fastgan.checkpoint import replace_file
+from fastgan.images import WriteError
 from fastgan.inference import load_recipe, pretrained_checkpoint
 from fastgan.models.style_transfer import MIN_SIDE, StyleTransferGAN
 from fastgan.ops._dispatch import use_impl
 from fastgan.ops.instance_norm import InstanceStats
 from fastgan.recipes import Recipe
 from fastgan.recipes.style_transfer import StyleTransfer
-from fastgan.recipes.two_domains import TwoDomainRecipe
+from fastgan.recipes.two_domains import TwoDomainRecipe, extended
 
 __all__ = ["Format", "export"]
 
@@ -59,11 +62,14 @@ def export(
 
     Raises:
         ValueError, OSError: an argument does not serve.
+        fastgan.images.WriteError: the file could not be written; what was there is still there.
         ImportError: the packages that ONNX needs are not installed.
         fastgan.checkpoint.CheckpointError: the checkpoint cannot be read.
     """
     out = Path(out)
     format = _format(out, format)
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder")
     if format == "onnx":  # torch would say so at the end only, and in many lines
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -85,11 +91,11 @@ def export(
         "value_range": "RGB, -1 to 1",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    if format == "onnx":
-        _save_onnx(program, generator, metadata, out)
-    else:
-        with out.open("wb") as file:  # whose errors name it
-            torch.export.save(program, file, extra_files=metadata)
+    content = _onnx(program, generator, metadata) if format == "onnx" else _pt2(program, metadata)
+    try:
+        replace_file(out, content)
+    except OSError as error:
+        raise WriteError(f"could not write {out}: {error.strerror or error}") from error
     return out
 
 
@@ -146,23 +152,22 @@ class _Translation(_Generator):
     axes: ClassVar = {"image": {0: "batch", 2: "height", 3: "width"}}
     output = "result"
 
-    def __init__(self, recipe: TwoDomainRecipe, direction: str) -> None:
+    def __init__(self, network: nn.Module, size_multiple: int) -> None:
         super().__init__()
-        self.recipe = recipe
-        self.direction = direction
-        self.smallest = 2 * recipe.size_multiple
+        self.network = network
+        self.size_multiple = size_multiple
+        self.smallest = 2 * size_multiple
 
     def example(self) -> tuple[Tensor, ...]:
         return (torch.zeros(2, 3, 5 * self.smallest + 1, 6 * self.smallest + 2),)
 
     def forward(self, image: Tensor) -> Tensor:
-        translated = self.recipe.translate(self.recipe.extended(image), self.direction)
-        return _cropped(translated, image)
+        return _cropped(self.network(extended(image, self.size_multiple)), image)
 
 
 def _generator(recipe: Recipe, direction: str | None) -> _Generator:
     if isinstance(recipe, TwoDomainRecipe):
-        return _Translation(recipe, recipe.checked(direction))
+        return _Translation(recipe.translator(recipe.checked(direction)), recipe.size_multiple)
     if direction is not None:
         raise ValueError(f"direction: {recipe.name} has none, its style picture decides")
     if not isinstance(recipe, StyleTransfer):
@@ -184,9 +189,13 @@ def _cropped(images: Tensor, like: Tensor) -> Tensor:
     return images.index_select(2, height).index_select(3, width)
 
 
-def _save_onnx(
-    program: ExportedProgram, generator: _Generator, metadata: dict[str, str], out: Path
-) -> None:
+def _pt2(program: ExportedProgram, metadata: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=metadata)
+    return file.getvalue()
+
+
+def _onnx(program: ExportedProgram, generator: _Generator, metadata: dict[str, str]) -> bytes:
     converted = torch.onnx.export(
         program,
         output_names=[generator.output],
@@ -195,4 +204,5 @@ def _save_onnx(
     )
     assert converted is not None  # it is where no file is given
     converted.model.metadata_props.update(metadata)
-    converted.save(out, external_data=False)
+    content: bytes = converted.model_proto.SerializeToString()
+    return content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,6 +166,10 @@ def test_translation_parity(kind: type[TwoDomainRecipe], format: str, tmp_path: 
     for shape in ((1, least, 4 * least), (2, 33, 47), (3, 50, 41)):
         images = pictures(shape[0], 3, *shape[1:])
         close(run(images), recipe.stylize(images, direction="BtoA"))
+    if format == "torch-export":  # nothing of the other direction, nor of discriminators
+        held = torch.export.load(out).state_dict.values()
+        used = recipe.translator("BtoA").state_dict().values()
+        assert sum(x.numel() for x in held) == sum(x.numel() for x in used)
 
 
 def test_a_recipe_is_exported_in_fp32_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -239,7 +245,25 @@ class TestCommandLine:
         out = tmp_path / f"folder{ending(format)}"
         out.mkdir()
         assert cli.main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 2
-        assert capsys.readouterr().err == f"fastgan: {out}: Is a directory\n"
+        assert capsys.readouterr().err == f"fastgan: out: {out} is a folder\n"
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_a_full_disk(
+        self,
+        checkpoint: Path,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        format: str,
+    ) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        out = tmp_path / f"model{ending(format)}"
+        monkeypatch.setattr(os, "fsync", full)
+        assert cli.main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 1
+        assert f"could not write {out}: No space left on device" in capsys.readouterr().err
+        assert not list(tmp_path.glob("model*"))
 
     def test_recipes_with_directions_need_one(self, tmp_path: Path) -> None:
         path = save_tiny_recipe(CycleGAN(tiny_config(CycleGAN)), tmp_path)

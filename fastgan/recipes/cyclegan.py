@@ -239,6 +239,5 @@ class CycleGAN(TwoDomainRecipe):
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
         return discriminator_metrics(scratch.stats)
 
-    def translate(self, pictures: Tensor, direction: str) -> Tensor:
-        translated: Tensor = self.generators[direction](pictures)
-        return translated
+    def translator(self, direction: str) -> nn.Module:
+        return self.generators[direction]

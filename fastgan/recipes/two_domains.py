@@ -21,7 +21,7 @@ class TwoDomainRecipe(Recipe):
     directions: ClassVar[tuple[str, ...]] = ("AtoB", "BtoA")
 
     size_multiple: int
-    """`translate` takes heights and widths that are multiples of this, at least two of it."""
+    """Translators take heights and widths that are multiples of this, at least two of it."""
     smallest: int
     """Height and width of the smallest pictures that the discriminators can judge."""
 
@@ -33,19 +33,20 @@ class TwoDomainRecipe(Recipe):
             )
 
     @abc.abstractmethod
-    def translate(self, pictures: Tensor, direction: str) -> Tensor:
-        """Pictures [B,3,H,W] of one domain as pictures of the other."""
+    def translator(self, direction: str) -> nn.Module:
+        """Gives pictures [B,3,H,W] of one domain as pictures of the other; holds nothing else."""
 
     def samples(self, batch: Batch) -> dict[str, Tensor]:
         a, b = batch["A"], batch["B"]
-        fake_b, fake_a = self.translate(a, "AtoB"), self.translate(b, "BtoA")
+        to_b, to_a = (self.translator(direction) for direction in self.directions)
+        fake_b, fake_a = to_b(a), to_a(b)
         return {
             "A": a,
             "A to B": fake_b,
-            "A to B to A": self.translate(fake_b, "BtoA"),
+            "A to B to A": to_a(fake_b),
             "B": b,
             "B to A": fake_a,
-            "B to A to B": self.translate(fake_a, "AtoB"),
+            "B to A to B": to_b(fake_a),
         }
 
     def stylize(
@@ -62,7 +63,8 @@ class TwoDomainRecipe(Recipe):
         if alpha != 1.0:
             raise ValueError(f"alpha: {self.name} has no strength to set, got {alpha}")
         height, width = content.shape[2:]
-        return self.translate(self.extended(content), direction)[:, :, :height, :width]
+        translated: Tensor = self.translator(direction)(extended(content, self.size_multiple))
+        return translated[:, :, :height, :width]
 
     def checked(self, direction: str | None) -> str:
         """`direction` if it is one; else raises ValueError."""
@@ -71,15 +73,14 @@ class TwoDomainRecipe(Recipe):
             raise ValueError(f"direction: {self.name} needs {known}, got {direction!r}")
         return direction
 
-    def extended(self, pictures: Tensor) -> Tensor:
-        """Pictures of any size, extended to one that `translate` takes by repeating the border."""
-        to_bottom, to_right = (self._missing(side) for side in pictures.shape[2:])
-        return F.pad(pictures, (0, to_right, 0, to_bottom), mode="replicate")
 
-    def _missing(self, side: int) -> int:
-        """Pixels from `side` to the next size that `translate` takes."""
-        smallest = 2 * self.size_multiple
-        return -side % self.size_multiple if side >= smallest else smallest - side
+def extended(pictures: Tensor, multiple: int) -> Tensor:
+    """Pictures of any size, their border repeated until both sides are twice `multiple` or more."""
+    smallest = 2 * multiple
+    to_bottom, to_right = (
+        -side % multiple if side >= smallest else smallest - side for side in pictures.shape[2:]
+    )
+    return F.pad(pictures, (0, to_right, 0, to_bottom), mode="replicate")
 
 
 def judge(

@@ -212,10 +212,9 @@ class UNIT(TwoDomainRecipe):
     def metrics(self, batch: Batch, scratch: _Translations) -> dict[str, Tensor]:
         return discriminator_metrics(scratch.stats)
 
-    def translate(self, pictures: Tensor, direction: str) -> Tensor:
+    def translator(self, direction: str) -> nn.Module:
         source, target = direction.split("to")
-        translated: Tensor = self.decoders[target](self.encoders[source](pictures))
-        return translated
+        return nn.Sequential(self.encoders[source], self.decoders[target])
 
     def _sample(self, means: Tensor) -> Tensor:
         """Latents around their means; from the device's own generator, for a host draws too slowly.
