@@ -70,10 +70,10 @@ struct alignas(16) Vector {
   scalar_t values[size];
 };
 
-// Reads 16 bytes at a time where x is aligned.
+// Reads 16 bytes at a time where x is aligned; thread is this one's number for x.
 template <typename scalar_t, Mode mode, bool real, int threads>
 __device__ __forceinline__ Sums sum_elements(const scalar_t* __restrict__ x, int64_t size,
-                                             float factor, float label_smoothing) {
+                                             int thread, float factor, float label_smoothing) {
   float loss = 0, logits = 0, correct = 0;
   const auto add = [&](scalar_t value) {
     const float logit = static_cast<float>(value);
@@ -84,25 +84,25 @@ __device__ __forceinline__ Sums sum_elements(const scalar_t* __restrict__ x, int
   using V = Vector<scalar_t>;
   const int64_t vectors = reinterpret_cast<uintptr_t>(x) % sizeof(V) == 0 ? size / V::size : 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < vectors; i += threads) {
+  for (int64_t i = thread; i < vectors; i += threads) {
     const V v = reinterpret_cast<const V*>(x)[i];
 #pragma unroll
     for (int j = 0; j < V::size; ++j) add(v.values[j]);
   }
 #pragma unroll 1
-  for (int64_t i = vectors * V::size + threadIdx.x; i < size; i += threads) add(x[i]);
+  for (int64_t i = vectors * V::size + thread; i < size; i += threads) add(x[i]);
   return real ? Sums{factor * loss, logits, 0, correct, 0}
               : Sums{factor * loss, 0, logits, 0, correct};
 }
 
 template <typename scalar_t, Mode mode, int threads>
 __device__ __forceinline__ Sums sum_segment(const DeviceSegment& segment, int64_t begin,
-                                            int64_t size, float label_smoothing) {
+                                            int64_t size, int thread, float label_smoothing) {
   const auto* x = static_cast<const scalar_t*>(segment.logits) + begin;
-  return segment.real
-             ? sum_elements<scalar_t, mode, true, threads>(x, size, segment.factor, label_smoothing)
-             : sum_elements<scalar_t, mode, false, threads>(x, size, segment.factor,
-                                                            label_smoothing);
+  return segment.real ? sum_elements<scalar_t, mode, true, threads>(x, size, thread, segment.factor,
+                                                                    label_smoothing)
+                      : sum_elements<scalar_t, mode, false, threads>(
+                            x, size, thread, segment.factor, label_smoothing);
 }
 
 struct Output {
@@ -124,10 +124,14 @@ __global__ void __launch_bounds__(kThreadsOneBlock, 1)
     gan_loss_fwd_one_block_kernel(const __grid_constant__ Table table, float label_smoothing,
                                   Output out) {
   Sums sums{};
+  // Where one segment leaves off the next goes on, so that all threads share small segments.
+  unsigned first = 0;
   for (int i = 0; i < table.count; ++i) {
     const DeviceSegment& segment = table.segments[i];
-    sums = sums + sum_segment<scalar_t, mode, kThreadsOneBlock>(segment, 0, segment.numel,
+    const int thread = (threadIdx.x - first) % kThreadsOneBlock;
+    sums = sums + sum_segment<scalar_t, mode, kThreadsOneBlock>(segment, 0, segment.numel, thread,
                                                                 label_smoothing);
+    first += segment.numel / Vector<scalar_t>::size;
   }
   sums = block_sum<kThreadsOneBlock>(sums);
   if (threadIdx.x == 0) store(out, sums);
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t begin = (blockIdx.x - segment.first_chunk) * kChunk;
   const int64_t size = min(kChunk, segment.numel - begin);
   const Sums sums = block_sum<kThreads>(
-      sum_segment<scalar_t, mode, kThreads>(segment, begin, size, label_smoothing));
+      sum_segment<scalar_t, mode, kThreads>(segment, begin, size, threadIdx.x, label_smoothing));
   if (threadIdx.x == 0) partials[blockIdx.x] = sums;
 }
 
