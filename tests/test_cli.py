@@ -136,7 +136,11 @@ class TestWrongArguments:
     ) -> None:
         (tmp_path / "empty").mkdir()
         assert train(Pictures(folders.content, tmp_path / "empty"), tmp_path / "run") == 2
-        assert one_line(capsys) == f"style: no readable picture in {tmp_path / 'empty'}"
+        assert one_line(capsys) == f"style: no pictures in {tmp_path / 'empty'}"
+        (tmp_path / "empty" / "phone.heic").write_bytes(b"")
+        assert train(Pictures(folders.content, tmp_path / "empty"), tmp_path / "run") == 2
+        assert "style: no pictures in" in (line := one_line(capsys))
+        assert "(looked for .bmp" in line
 
     def test_strict(
         self, folders: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -298,7 +298,7 @@ def test_one_setting_does_not_change_the_others() -> None:
     ("settings", "named"),
     [
         ({"size": 0}, "size must be at least 1, got 0"),
-        ({"size": 8, "resize": 7}, "resize must be at least the size 8, got 7"),
+        ({"size": 8, "resize": 7}, "resize must be at least the size 8, got 7; give both"),
         ({"rotate": -1.0}, r"rotate must be in \[0, 180\] degrees, got -1.0"),
         ({"jitter": 1.5}, r"jitter must be in \[0, 1\], got 1.5"),
     ],
@@ -412,15 +412,19 @@ def test_a_thin_strip_does_not_fill_the_memory(tmp_path: Path) -> None:
     assert batch.images["a"].shape == (2, 3, 64, 64)
 
 
-@pytest.mark.parametrize("content", ["no file", "bad files"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("no file", "no pictures in"), ("bad files", "no readable picture in")],
+    ids=["no file", "bad files"],
+)
 def test_no_readable_picture_is_an_error_naming_the_folder(
-    folders: dict[str, Path], tmp_path: Path, content: str
+    folders: dict[str, Path], tmp_path: Path, content: str, message: str
 ) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()
     if content == "bad files":
         write_bad_files(bad)
-    with pytest.raises(ValueError, match=rf"style: no readable picture in {bad}"):
+    with pytest.raises(ValueError, match=rf"style: {message} {bad}"):
         stream({"content": folders["content"], "style": bad}, workers=2)
 
 
@@ -431,7 +435,7 @@ def test_pictures_that_vanish_end_the_stream_with_an_error(
     pictures = stream(folders, workers=workers, cache_mb=0)
     for path in folders["style"].rglob("*.png"):
         path.unlink()
-    with pytest.raises(ValueError, match=rf"style: no readable picture in {folders['style']}"):
+    with pytest.raises(ValueError, match=rf"style: no pictures in {folders['style']}"):
         take(pictures, 3)
 
 

@@ -52,7 +52,7 @@ class StyleTransferRecipeConfig(RecipeConfig):
     extractor: Literal["random", "vgg19"] = "random"
     """Whose features content and style are compared in."""
     extractor_weights: str = ""
-    """File with torchvision's VGG19 weights (default: torch hub's cache)."""
+    """File with torchvision's VGG19 weights; without one, torch hub's cache."""
     extractor_levels: int = 4
     """Scales of the random extractor."""
     extractor_seed: int = 0

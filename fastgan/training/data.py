@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise ImportError("fastgan.training needs torchvision: pip install 'fastgan[train]'") from error
 
-from fastgan.images import ImageError, find_images, load_image
+from fastgan.images import ImageError, find_images, load_image, no_pictures
 
 __all__ = ["Augmentation", "PictureStream"]
 
@@ -47,7 +47,7 @@ class Augmentation:
     size: int = 256
     """Side of the square crop, in pixels."""
     resize: int | None = None
-    """Shorter side before the random crop, in pixels (default: size)."""
+    """Shorter side before the random crop, in pixels; None: size."""
     flip: bool = True
     """Mirror half of the pictures."""
     rotate: float = 0.0
@@ -59,7 +59,9 @@ class Augmentation:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize must be at least the size {self.size}, got {self.resize}")
+            raise ValueError(
+                f"resize must be at least the size {self.size}, got {self.resize}; give both"
+            )
         if not 0 <= self.rotate <= 180:
             raise ValueError(f"rotate must be in [0, 180] degrees, got {self.rotate}")
         if not 0 <= self.jitter <= 1:
@@ -226,6 +228,8 @@ class PictureStream:
             self._said_small = True
         if read.exhausted:
             folder = self._folders[read.exhausted]
+            if not find_images(folder):
+                raise ValueError(f"{read.exhausted}: {no_pictures(folder)}")
             raise ValueError(f"{read.exhausted}: no readable picture in {folder}")
         return read.batch
 
