@@ -37,9 +37,8 @@ _VERSION = 1
 _DTYPES = frozenset(
     {
         torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32,
-        torch.uint64, torch.int64, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2,
-        torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float16, torch.bfloat16, torch.float32,
-        torch.float64, torch.complex64,
+        torch.uint64, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
     }
 )  # fmt: skip
 

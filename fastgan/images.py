@@ -58,7 +58,7 @@ class ImageError(Exception):
 
 
 class WriteError(OSError):
-    """A picture could not be written; says which and why."""
+    """A result could not be written; says which and why."""
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:

@@ -75,7 +75,7 @@ class TwoDomainRecipe(Recipe):
 
 
 def extended(pictures: Tensor, multiple: int) -> Tensor:
-    """Pictures of any size, their border repeated until both sides are twice `multiple` or more."""
+    """Repeats the border until both sides are multiples of `multiple`, at least two of it."""
     smallest = 2 * multiple
     to_bottom, to_right = (
         -side % multiple if side >= smallest else smallest - side for side in pictures.shape[2:]
