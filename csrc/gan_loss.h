@@ -17,7 +17,7 @@ namespace fastgan {
 
 enum class Mode { bce, lsgan, hinge, wgan };
 
-// exp(-a) for a >= 0; 0 below 2^-127, NaN for NaN. On a GPU one instruction after a product, within
+// exp(-a) for a >= 0; 0 below 2^-126, NaN for NaN. On a GPU one instruction after a product, within
 // 5e-6 of the value; elsewhere branch-free, so that compilers vectorise it.
 FASTGAN_INLINE float exp_negative(float a) {
 #ifdef __CUDA_ARCH__

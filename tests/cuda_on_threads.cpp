@@ -1,6 +1,10 @@
 // CUDA kernels on the host: the threads of a block are threads, its barriers are barriers, and the
 // blocks run one after another, the last one first. Slow, but it shows wrong indices, tails,
 // reductions and missing barriers where there is no GPU. KERNELS names the translated source.
+#if !__has_include(<barrier>)
+#error the C++ library has no barriers
+#endif
+
 #include <algorithm>
 #include <barrier>
 #include <cstdint>
