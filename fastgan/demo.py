@@ -108,12 +108,13 @@ def run_demo(out: str | Path, *, steps: int, seed: int = 0, progress: bool = Fal
         training=dataclasses.replace(config.training, steps=steps, seed=seed, ema_decay=0.99),
         recipe=StyleTransferRecipeConfig(lr_hold=steps // 2, lr_decay=12 / steps),
     )
-    if out.is_dir() and any(out.iterdir()) and not (out / _METRICS).exists():
+    if out.is_dir() and any(out.iterdir()) and not _holds_demo(out):
         raise ValueError(
             f"out: {out} holds other things than a demo; name a new or an empty folder"
         )
-    _write_pictures(out)
+    out.mkdir(parents=True, exist_ok=True)
     _write_metrics(out, 0, {})  # until the demo is finished
+    _write_pictures(out)
     trainer = Trainer(StyleTransfer, config, progress=progress)
     started = time.perf_counter()
     trainer.train()
@@ -194,6 +195,14 @@ def _score(content: Tensor, style: Tensor, result: Tensor, others: list[Tensor])
             structure_correlation(TF.resize(other, shape), content).item() for other in others
         ),
     )
+
+
+def _holds_demo(out: Path) -> bool:
+    try:
+        numbers = json.loads((out / _METRICS).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(numbers, dict) and numbers.keys() == {"steps", "styles"}
 
 
 def _write_metrics(out: Path, steps: int, scores: dict[str, Scores]) -> None:

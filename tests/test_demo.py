@@ -63,12 +63,27 @@ def test_results_in_the_grid_are_those_that_stylize_makes(demo: Demo):
 def test_only_a_demo_is_replaced(demo: Demo, tmp_path: Path):
     mine, former = tmp_path / "mine", tmp_path / "former"
     (mine / "run").mkdir(parents=True)
+    (mine / "metrics.json").write_text('{"accuracy": 0.9}')
     with pytest.raises(ValueError, match="holds other things than a demo"):
         run_demo(mine, steps=1)
-    assert [path.name for path in mine.iterdir()] == ["run"]
+    assert sorted(path.name for path in mine.iterdir()) == ["metrics.json", "run"]
     shutil.copytree(demo.grid.parent, former)
     (former / "style" / ".DS_Store").write_text("")  # as file managers leave them
     assert run_demo(former, steps=1).scores.keys() == demo.scores.keys()
+
+
+def test_a_demo_that_was_interrupted_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(out: Path) -> None:
+        (out / "content").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgan.demo._write_pictures", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path, steps=1)
+    assert run_demo(tmp_path, steps=1).scores
 
 
 def test_metrics_file_holds_the_scores(demo: Demo):
