@@ -10,9 +10,11 @@ tensor. Nothing in a file is ever executed.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import os
+import shutil
 import types
 from collections.abc import Hashable
 from pathlib import Path
@@ -299,6 +301,8 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import copy
 import io
+import os
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -93,7 +94,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     content = _onnx(program, generator, metadata) if format == "onnx" else _pt2(program, metadata)
     try:
-        replace_file(out, content)
+        replace_file(Path(os.path.realpath(out)), content)
     except OSError as error:
         raise WriteError(f"could not write {out}: {error.strerror or error}") from error
     return out

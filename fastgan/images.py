@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -177,19 +179,22 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     """Write one picture [3,H,W], uint8 or float in [-1, 1], in the format `path` ends in.
 
-    It is written beside `path` and takes the name when it is complete.
+    It is written beside `path`, or beside what that links to, and takes its name and its mode when
+    it is complete.
 
     Raises:
         ValueError: `image` is no picture, or `path` ends in no known format.
         WriteError: the file could not be written; what was at `path` is still there.
     """
-    path = Path(path)
     picture = to_pil(image)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
     try:
         try:
             picture.save(temporary, quality=95)
-            temporary.replace(path)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

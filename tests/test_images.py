@@ -5,10 +5,10 @@ import io
 import os
 import pickle
 import random
+import stat
 import struct
 import subprocess
 import sys
-import tomllib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -296,13 +296,6 @@ def test_a_fault_of_the_code_is_no_fault_of_the_file(
         load_image(path)
 
 
-def test_the_versions_that_pictures_and_flags_need_are_asked_for() -> None:
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    train = tomllib.loads(text)["project"]["optional-dependencies"]["train"]
-    floors = dict(entry.split(">=") for entry in train if ">=" in entry)
-    assert floors.keys() >= {"pillow", "safetensors", "torchvision", "tyro"}
-
-
 def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(ImageError("a/b.png", "empty file")))
     assert str(error) == "a/b.png: empty file"
@@ -388,6 +381,17 @@ def test_conversions_keep_channels_last() -> None:
     images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8).to(memory_format=torch.channels_last)
     assert to_float(images).is_contiguous(memory_format=torch.channels_last)
     assert to_uint8(to_float(images)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_saving_over_a_picture_keeps_its_mode_and_links_to_it(tmp_path: Path) -> None:
+    picture, link = tmp_path / "private.png", tmp_path / "link.png"
+    save_image(torch.zeros(3, 4, 5), picture)
+    picture.chmod(0o600)
+    link.symlink_to(picture)
+    save_image(torch.ones(3, 4, 5), link)
+    assert link.is_symlink()
+    assert load_image(picture).min() == 255
+    assert stat.S_IMODE(picture.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
