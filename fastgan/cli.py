@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `| head`; what is left to write at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(1, f"standard output: {error.strerror}")
     return code
 
 
@@ -74,7 +77,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     if command not in _COMMANDS:
         return _fail(2, f"unknown command {command!r}; known: {', '.join(_COMMANDS)}")
     try:
-        check_environment()
+        if command != "env":  # which tells of it
+            check_environment()
     except ValueError as error:
         return _fail(2, str(error))
     try:
@@ -210,7 +214,7 @@ class _StylizeFlags:
     """Keep the colours of the content and take only brightness from the result."""
     checkpoint: Path | None = None
     """A checkpoint, the folder of a run, one with the public CycleGAN code's latest_net_G_A.pth and
-    latest_net_G_B.pth, or one such file, which translates AtoB; None: the pretrained one."""
+    latest_net_G_B.pth, or with its latest_net_G.pth, or one such file; None: the pretrained one."""
     direction: Literal["AtoB", "BtoA"] | None = None
     """From which domain to which; for checkpoints of recipes that translate between two."""
     max_side: int | None = None

@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -17,7 +18,6 @@ _PACKAGES = ("triton", "numpy", "torchvision", "pillow", "safetensors", "tyro", 
 
 def report() -> str:
     """Versions, GPUs, what is built, and for each op family what runs and why not the rest."""
-    _dispatch.check_environment()
     lines = [
         f"fastgan {fastgan.__version__} at {fastgan.__path__[0]}",
         f"Python {platform.python_version()} on {platform.platform()}",
@@ -25,11 +25,21 @@ def report() -> str:
         "packages: " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
         *_gpus(),
         f"extension: {_extension()}",
+        *_asked_for(),
         "implementations, fastest first:",
     ]
     for family, rows in _dispatch.ORDER.items():
         lines += [f"  {family} on {device}: {_live(rows, device)}" for device in ("cuda", "cpu")]
     return "\n".join(lines)
+
+
+def _asked_for() -> list[str]:
+    try:
+        _dispatch.check_environment()
+    except ValueError as error:
+        return [f"wrong: {error}"]
+    asked = os.environ.get("FASTGAN_IMPL")
+    return [f"FASTGAN_IMPL={asked}"] if asked else []
 
 
 def _version(package: str) -> str:

@@ -273,8 +273,10 @@ class TestWrongArguments:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_dispatch, "_WRONG_ENVIRONMENT", "FASTGAN_IMPL=bogus: unknown")
-        assert cli.main(["env"]) == 2
+        assert cli.main(["export"]) == 2
         assert one_line(capsys) == "FASTGAN_IMPL=bogus: unknown"
+        assert cli.main(["env"]) == 0
+        assert "wrong: FASTGAN_IMPL=bogus: unknown" in capsys.readouterr().out
 
     def test_unknown_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["trian"]) == 2
