@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,6 +196,8 @@ class PictureStream:
             batch_size=None,  # items are batches already
             sampler=itertools.count(start),
             num_workers=self._workers,
+            # Not a server's, whose children die without the signal that tells PyTorch so.
+            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
             prefetch_factor=_PREFETCH if self._workers else None,
             pin_memory=self._pin_memory,
             worker_init_fn=_shield_from_signals,
