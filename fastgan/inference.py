@@ -23,7 +23,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(
-        "fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]'"
+        f"fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]' ({error})"
     ) from error
 
 from fastgan import checkpoint as checkpoints

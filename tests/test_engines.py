@@ -506,7 +506,6 @@ def test_memory_does_not_grow(recipe: type[Recipe], narrower: dict[str, int]) ->
     assert grown < 1500 * picture / 2
 
 
-@pytest.mark.slow
 @every_recipe
 def test_an_engine_goes_with_its_last_reference(recipe: type[Recipe]) -> None:
     """Without waiting for the garbage collector, which does not know how full a GPU is."""
@@ -521,6 +520,7 @@ def test_an_engine_goes_with_its_last_reference(recipe: type[Recipe]) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_bf16_stays_close_to_fp32() -> None:
     """Every term of style transfer over 300 steps, on pictures that can be learned."""
     curves: dict[str, Tensor] = {}

@@ -562,7 +562,7 @@ def test_capability_decides_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fg.explain(fg.gram_matrix, x, impl="triton").impl == "triton"
 
 
-def test_what_why_not_run_is_refused_with_the_reason(device: torch.device) -> None:
+def test_what_triton_cannot_run_is_refused_with_the_reason(device: torch.device) -> None:
     x = torch.randn(1, 2, 3, 3, device=device)
     with pytest.raises(fg.ImplUnavailableError, match="float64 runs on the reference path"):
         fg.gram_matrix(x.double(), impl="triton")

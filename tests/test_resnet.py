@@ -144,8 +144,9 @@ def test_one_generator_of_the_public_code_translates_its_way(
     for given in (path, tmp_path) if name == "latest_net_G" else (path,):
         recipe = load_recipe(given)
         assert recipe.directions == (direction,)
-        result = stylize(content, checkpoint=recipe, direction=direction)
-        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+        for asked in (direction, None):
+            result = stylize(content, checkpoint=recipe, direction=asked)
+            torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
         with pytest.raises(ValueError, match=f"cyclegan needs {direction}, got '{other}'"):
             stylize(content, checkpoint=recipe, direction=other)
     assert CycleGAN.directions == ("AtoB", "BtoA")

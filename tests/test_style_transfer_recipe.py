@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,14 @@ def test_grey_content_loss_leaves_brightness_contrast_and_tint_to_the_style():
     coloured, batch = prepare(content_grey=False)
     features = coloured.extractor(tinted)
     assert coloured._content_loss(batch["content"], tinted, features) > 0.1 * other
+
+
+def test_weights_are_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(SMALL, extractor="vgg19", extractor_weights="vgg.pth")
+    assert config.extractor_weights == str(tmp_path / "vgg.pth")
 
 
 def test_encoder_content_loss_compares_normalised_features():

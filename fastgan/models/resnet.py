@@ -119,7 +119,7 @@ def load_cyclegan_generator(path: str | os.PathLike[str]) -> ResnetGenerator:
         if isinstance(error, pickle.UnpicklingError):  # torch advises to unpickle it all the same
             reason = "it is no pickle, or one of more than tensors"
         else:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0] or "it is empty or cut short"
         raise ValueError(f"{path}: holds no weights that can be read safely: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         found = "other values" if isinstance(state, Mapping) else f"a {type(state).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -52,7 +53,8 @@ class StyleTransferRecipeConfig(RecipeConfig):
     extractor: Literal["random", "vgg19"] = "random"
     """Whose features content and style are compared in."""
     extractor_weights: str = ""
-    """File with torchvision's VGG19 weights; without one, torch hub's cache."""
+    """File with torchvision's VGG19 weights; without one, torch hub's cache. Kept as an absolute
+    path."""
     extractor_levels: int = 4
     """Scales of the random extractor."""
     extractor_seed: int = 0
@@ -112,6 +114,8 @@ class StyleTransferRecipeConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.extractor_weights:  # a training may go on from another folder
+            object.__setattr__(self, "extractor_weights", os.path.abspath(self.extractor_weights))
         self._require(1, "width", "extractor_levels")
         self._require(1, "discriminator_width", "discriminator_layers", "discriminator_scales")
         self._require(0, "encoder_blocks", "decoder_blocks")

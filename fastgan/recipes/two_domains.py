@@ -67,7 +67,9 @@ class TwoDomainRecipe(Recipe):
         return translated[:, :, :height, :width]
 
     def checked(self, direction: str | None) -> str:
-        """`direction` if it is one; else raises ValueError."""
+        """`direction` if it is one, the only one if None; else raises ValueError."""
+        if direction is None and len(self.directions) == 1:
+            return self.directions[0]
         if direction not in self.directions:
             known = " or ".join(self.directions)
             raise ValueError(f"direction: {self.name} needs {known}, got {direction!r}")

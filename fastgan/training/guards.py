@@ -178,12 +178,13 @@ def reader_errors(what_is_left: Callable[[], str]) -> Iterator[None]:
         if "DataLoader worker (pid" in text:
             what = "a process that reads pictures was killed"
         elif "</torch_" in text:  # a file in /dev/shm
-            what = "shared memory has no room for the pictures that were read"
+            what = "shared memory could not take the pictures that were read"
         else:
             raise
         raise TrainingError(
             f"{what} ({text.splitlines()[-1]}); {what_is_left()}; these help: fewer --workers "
-            "(0 reads in the training process), more shared memory (docker run --shm-size=1g)"
+            "(0 reads in the training process), more shared memory (docker run --shm-size=1g), "
+            "more open files (ulimit -n)"
         ) from error
 
 

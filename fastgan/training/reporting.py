@@ -23,7 +23,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(
-        "fastgan.training needs tensorboard and tqdm: pip install 'fastgan[train]'"
+        f"fastgan.training needs tensorboard and tqdm: pip install 'fastgan[train]' ({error})"
     ) from error
 
 from fastgan.checkpoint import replace_file

@@ -389,10 +389,11 @@ class Trainer:
         if folder.path.exists() and not folder.path.is_dir():
             raise ValueError(f"out: {folder.path} is not a folder")
         for domain, pictures in self.config.pictures.folders.items():
-            if Path(os.path.realpath(folder.path)).is_relative_to(os.path.realpath(pictures)):
+            way = os.path.relpath(os.path.realpath(folder.path), os.path.realpath(pictures))
+            if not any(part[0] == "." for part in Path(way).parts):  # neither outside nor hidden
                 raise ValueError(
                     f"out: {folder.path} is in {pictures}, the folder of {domain} pictures: the "
-                    "run would learn from its own sample grids"
+                    "run would learn from its own sample grids (a run may be moved)"
                 )
         if output.resume:
             newest = folder.newest()
