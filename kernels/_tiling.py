@@ -22,6 +22,8 @@ SPLIT = tl.constexpr(2)
 TILE = 4096
 RESIDENT_TILE = 16384
 SMALLEST_TILE = 1024
+# Loops over tiles read two ahead into shared memory, where accesses are wide, from capability 80.
+STAGES = tl.constexpr(3)
 # A reduction is split until a multiprocessor has this many programs, which keeps enough reads in
 # flight, but not below MIN_RUN elements a program, nor at all where one would reduce few elements:
 # another launch costs more.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgan.kernels._common import Walk, dense, next_power_of_2, on_device_of, readable, writable
 from fastgan.kernels._planes import begin_dense, begin_strided, per_plane, plane_block, tile
-from fastgan.kernels._tiling import RESIDENT, SWEEP, Tiling, norm_tiling_of
+from fastgan.kernels._tiling import RESIDENT, STAGES, SWEEP, Tiling, norm_tiling_of
 from fastgan.kernels.instance_stats import (
     instance_stats_fwd_kernel,
     merged_moments,
@@ -141,7 +141,7 @@ def instance_norm_fwd_kernel(
             out += tl.load(residual + tile(r_begin, lanes, r_stride), mask=mask, other=0)
         tl.store(y + tile(y_begin, lanes, y_stride), out.to(y.dtype.element_ty), mask=mask)
     else:
-        for i in range(0, chunk, BLOCK_P):
+        for i in tl.range(0, chunk, BLOCK_P, num_stages=STAGES):
             q = first + chunk - BLOCK_P - i + lanes
             mask = exists[:, None] & (q < padded_HW)[None, :]
             p = source_positions(q, HW, W, PAD)
@@ -192,7 +192,7 @@ def _grad_sums(
     """Sums of g and of g (x - mean) over positions [first, first + run) of y, per plane."""
     sum_g = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     sum_gx = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-    for i in range(0, run, BLOCK_P):
+    for i in tl.range(0, run, BLOCK_P, num_stages=STAGES):
         q = first + i + tl.arange(0, BLOCK_P)
         mask = exists[:, None] & (q < padded_HW)[None, :]
         g = tl.load(grad + tile(grad_begin, q, grad_stride), mask=mask, other=0).to(tl.float32)
@@ -341,7 +341,8 @@ def instance_norm_bwd_kernel(
         out = out.to(grad_x.dtype.element_ty)
         tl.store(grad_x + tile(out_begin, lanes, out_stride), out, mask=mask)
     else:
-        for i in range(0, chunk, BLOCK_P):
+        # Folded, a gradient is read four times: more than shared memory has room for.
+        for i in tl.range(0, chunk, BLOCK_P, num_stages=1 if PAD else STAGES):
             p = first + chunk - BLOCK_P - i + lanes
             mask = exists[:, None] & (p < HW)[None, :]
             g = folded_gradient(grad, grad_begin, p, mask, HW, W, grad_stride, PAD)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastgan.kernels._common import cdiv, next_power_of_2, on_device_of, readable, writable
 from fastgan.kernels._planes import begin_dense, begin_strided, plane_block, tile
-from fastgan.kernels._tiling import map_tiling_of, stats_tiling_of, wide
+from fastgan.kernels._tiling import STAGES, map_tiling_of, stats_tiling_of, wide
 
 # --- Moments ------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def moments(
         mean = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         lane_m2 = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         count = 0.0
-        for i in range(0, run, BLOCK_P):
+        for i in tl.range(0, run, BLOCK_P, num_stages=STAGES):
             p = first + i + lanes
             mask = exists[:, None] & (p < HW)[None, :]
             value = tl.load(x + tile(begin, p, stride_p), mask=mask, other=0).to(tl.float32)
