@@ -208,7 +208,7 @@ class MapTiling(NamedTuple):
 def map_tiling_of(out: Tensor, channels_last: bool, wide: bool) -> MapTiling:
     """Of a kernel that writes out."""
     (B, C), positions = out.shape[:2], out.shape[2:].numel()
-    tile, per_thread = (TILE, 8) if wide else (TILE // 2, 4)
+    tile, per_thread = (TILE, 16) if wide else (TILE // 2, 4)
     block_c, block_p = tile_shape(channels_last, B * C, C, positions, out.element_size(), tile)
     blocks, chunks = plane_blocks(channels_last, B, C, block_c), cdiv(positions, block_p)
     num_warps = warps(block_c * block_p, per_thread)
