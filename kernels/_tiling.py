@@ -70,6 +70,11 @@ def _side(wanted: int, other: int, tile: int) -> int:
     return max(min(wanted, tile // other), SMALLEST_TILE // other, 1)
 
 
+def _parts(blocks: int, processors: int) -> int:
+    """How many programs share a block of planes; a few more than fit at once would run alone."""
+    return max(round(PROGRAMS * processors / blocks), 1)
+
+
 def plane_blocks(channels_last: bool, B: int, C: int, block_c: int) -> int:
     return B * cdiv(C, block_c) if channels_last else cdiv(B * C, block_c)
 
@@ -103,7 +108,7 @@ def stats_tiling(
         ):
             block_c, block_p = block_c // 2, 2 * block_p
             blocks, work = plane_blocks(channels_last, B, C, block_c), HW * block_c
-        splits = min(cdiv(PROGRAMS * processors, blocks), cdiv(work, MIN_RUN), MAX_SPLITS)
+        splits = min(_parts(blocks, processors), cdiv(work, MIN_RUN), MAX_SPLITS)
     run = cdiv(cdiv(HW, splits), block_p) * block_p
     splits = cdiv(HW, run)
     mode, num_warps = SPLIT if splits > 1 else SWEEP, warps(block_c * block_p, per_thread)
@@ -154,7 +159,7 @@ def norm_tiling(
         num_warps = warps(block_c * block_p, 16 if wide and itemsize == 4 else 8)
         maxnreg = registers(num_warps, not wide)
         return Tiling(SWEEP.value, block_c, block_p, num_warps, maxnreg, blocks, run, 1, chunk, 1)
-    chunks = min(cdiv(PROGRAMS * processors, blocks), cdiv(written, block_p))
+    chunks = min(_parts(blocks, processors), cdiv(written, block_p))
     chunk = cdiv(cdiv(written, chunks), block_p) * block_p
     return tiling._replace(chunk=chunk, chunks=cdiv(written, chunk))
 
