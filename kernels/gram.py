@@ -28,8 +28,8 @@ from fastgan.kernels._common import (
     walk,
 )
 
-PROGRAMS_PER_SM = 2  # what the shared memory of a 128 x 128 tile leaves room for
-MIN_RUN = 8  # blocks of positions per program, so that its pipeline fills
+PROGRAMS_PER_SM = 2  # that keep memory busy; of those of 128 channels, one does
+MIN_RUN = 8  # blocks of features per program, so that its pipeline fills
 MAX_SPLITS = 128  # shares that the second launch adds up
 SYMMETRIZED_ROWS = 16  # per program of the backward's first launch
 
@@ -582,14 +582,32 @@ def tiling(channels: int, itemsize: int, align: int, precision: str) -> Tiling:
     )
 
 
-def splits(steps: Sequence[int], tiles: Sequence[int], sms: int) -> tuple[int, ...]:
-    """Shares of each layer's positions, so that equal programs fill the device once.
+def splits(
+    steps: Sequence[int],
+    reads: Sequence[int],
+    tiles: Sequence[int],
+    partial: int,
+    sms: int,
+    at_once: int = 1,
+) -> tuple[int, ...]:
+    """Shares of each layer's positions that leave the busiest multiprocessor least to move.
 
-    ``steps`` are the blocks that a tile of the result takes all in all, ``tiles`` their number.
+    ``tiles`` of the result take ``steps`` each, and a step ``reads`` one or two blocks of features;
+    ``partial`` is what a program's sum takes to be stored and read again, in such blocks. Fewer
+    programs than ``at_once`` take a multiprocessor as long.
     """
-    work = sum(n * t for n, t in zip(steps, tiles, strict=True))
-    run = max(MIN_RUN, work / (PROGRAMS_PER_SM * sms))
-    return tuple(min(max(round(n / run), 1), MAX_SPLITS) for n in steps)
+    layers = list(zip(steps, reads, tiles, strict=True))
+
+    def shares(run: int) -> tuple[int, ...]:
+        return tuple(max(cdiv(n, max(run // r, 1)), 1) for n, r, _ in layers)
+
+    def busiest(run: int) -> int:
+        programs = sum(n * t for n, t in zip(shares(run), tiles, strict=True))
+        return max(cdiv(programs, sms), at_once) * (1 + run + partial)  # 1 to start
+
+    least = max(MIN_RUN, *(cdiv(n, MAX_SPLITS) * r for n, r, _ in layers))
+    runs = {max(least, cdiv(n, s) * r) for n, r, _ in layers for s in range(1, MAX_SPLITS + 1)}
+    return shares(min(sorted(runs, reverse=True), key=busiest))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -597,17 +615,20 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
     tilings = [tiling(x.channels, itemsize, x.align, precision) for x in views]
     layers = list(zip(views, tilings, strict=True))
     tiles = [x.batch * _triangular(t.padded // t.block_c) for x, t in layers]
-    shares = splits(
-        [cdiv(x.positions, t.block_p) * (1 if t.padded == t.block_c else 2) for x, t in layers],
-        tiles,
-        sms,
-    )
-    programs = [n * share for n, share in zip(tiles, shares, strict=True)]
     large = any(t.block_c == 128 for t in tilings)
     wide = all(x.align * itemsize == 16 for x in views)
     # Three products for one take the registers of eight warps.
     thirds = precision == "tf32x3" and any(t.block_c == 64 for t in tilings)
     options = {"num_warps": 8 if large or thirds else 4, "num_stages": 3 if large else 4}
+    shares = splits(
+        [cdiv(x.positions, t.block_p) for x, t in layers],
+        [1 if t.padded == t.block_c else 2 for t in tilings],
+        tiles,
+        max(2 * 4 * t.block_c // (t.block_p * itemsize) for t in tilings),
+        sms,
+        1 if large else PROGRAMS_PER_SM,
+    )
+    programs = [n * share for n, share in zip(tiles, shares, strict=True)]
     if not (large and wide and all(t.padded == x.channels for x, t in layers)):
         # ptxas puts values on the stack to run more programs at once. Shared memory limits that
         # for small tiles; large ones have no value to spare, save at ragged edges.

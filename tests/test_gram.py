@@ -377,7 +377,7 @@ def test_features_are_read_once() -> None:
         loss = fg.style_loss(x, target, impl="triton")
     with counted_traffic() as backward:
         torch.autograd.grad(loss, x)
-    shares = kernels.splits([P // 128], [B], 132)[0]
+    shares = kernels.splits([P // 128], [1], [B], 2, 132, 2)[0]
     assert shares > 1
     lower = C * (C + 16) // 2 * B * 4  # what is added up, in blocks of 16
     programs = B * 4 * 5 // 2
@@ -412,14 +412,23 @@ def test_the_graph_holds_only_features_targets_and_differences() -> None:
 def test_splits_fill_the_device_with_equal_programs() -> None:
     for batch in (1, 2, 8, 32):
         for steps in ([512], [2048, 512, 64], [16], [64, 8]):
-            shares = kernels.splits(steps, [batch] * len(steps), 132)
+            shares = kernels.splits(steps, [1] * len(steps), [batch] * len(steps), 8, 132)
             assert all(1 <= n <= kernels.MAX_SPLITS for n in shares)
-            runs = [s / n for s, n in zip(steps, shares, strict=True) if n > 1]
-            assert all(run >= kernels.MIN_RUN / 2 for run in runs)
-            programs = batch * sum(shares)
-            assert programs <= max(1.5 * kernels.PROGRAMS_PER_SM * 132, batch * len(steps))
-    assert kernels.splits([512], [1], 132)[0] > 32
-    assert kernels.splits([512], [4000], 132) == (1,)
+            for n, share in zip(steps, shares, strict=True):
+                run = math.ceil(n / share)
+                assert share == 1 or run >= kernels.MIN_RUN / 2
+                assert run * (share - 1) < n  # no share is empty
+            assert batch * sum(shares) <= max(4 * 132, batch * len(steps))
+    assert kernels.splits([512], [1], [1], 8, 132)[0] > 32
+    assert kernels.splits([512], [1], [4000], 8, 132) == (1,)
+    assert kernels.splits([0], [1], [1], 8, 132) == (1,)
+
+
+def test_splits_weigh_what_the_sums_cost() -> None:
+    assert kernels.splits([256], [1], [8], 8, 132) == (16,)  # one program of each multiprocessor
+    assert kernels.splits([256], [1], [8], 0, 132, 2) == (32,)  # two, which cost nothing
+    assert kernels.splits([16], [2], [80], 8, 132) == (1,)
+    assert kernels.splits([64], [2], [80], 8, 132) == (3,)  # 160 programs would not fit evenly
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
