@@ -516,8 +516,6 @@ class Tiling(NamedTuple):
     block_c: int
     block_p: int  # per step of the forward
     padded: int  # channels in whole tiles
-    finish_block: int
-    finish_chunk: int  # shares added up at a time
     symmetrize_block: int
     bwd_block_p: int
     bwd_block_k: int
@@ -529,6 +527,8 @@ class Plan(NamedTuple):
     views: Any  # a View and a Tiling of tuples, which have one entry per layer
     tiling: Any
     splits: tuple[int, ...]
+    finish_blocks: tuple[int, ...]
+    finish_chunks: tuple[int, ...]  # shares added up at a time
     precision: str  # of products of fp32 numbers
     partial_programs: int
     finish_programs: int
@@ -569,13 +569,10 @@ def tiling(channels: int, itemsize: int, align: int, precision: str) -> Tiling:
         bwd_block_p = 64
         bwd_block_k = min(block_c, 32)
     padded = cdiv(channels, block_c) * block_c
-    finish_block = 16 if small else 32
     return Tiling(
         block_c=block_c,
         block_p=block_p,
         padded=padded,
-        finish_block=finish_block,
-        finish_chunk=8192 // finish_block**2,
         symmetrize_block=min(next_power_of_2(padded), 512),
         bwd_block_p=bwd_block_p,
         bwd_block_k=bwd_block_k,
@@ -629,6 +626,10 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
         1 if large else PROGRAMS_PER_SM,
     )
     programs = [n * share for n, share in zip(tiles, shares, strict=True)]
+    # A program adds up 64 numbers of each thread at a time: all shares, if there are few.
+    finish_blocks = tuple(
+        min(t.block_c, 32 if n <= 8 else 16) for t, n in zip(tilings, shares, strict=True)
+    )
     if not (large and wide and all(t.padded == x.channels for x, t in layers)):
         # ptxas puts values on the stack to run more programs at once. Shared memory limits that
         # for small tiles; large ones have no value to spare, save at ragged edges.
@@ -639,10 +640,13 @@ def plan(views: tuple[View, ...], itemsize: int, precision: str, sms: int) -> Pl
         views=View(*zip(*views, strict=True)),
         tiling=Tiling(*zip(*tilings, strict=True)),
         splits=shares,
+        finish_blocks=finish_blocks,
+        finish_chunks=tuple(8192 // n**2 for n in finish_blocks),
         precision=precision,
         partial_programs=sum(programs),
         finish_programs=sum(
-            x.batch * _triangular(cdiv(x.channels, t.finish_block)) for x, t in layers
+            x.batch * _triangular(cdiv(x.channels, n))
+            for x, n in zip(views, finish_blocks, strict=True)
         ),
         bwd_programs=sum(
             x.batch * (t.padded // t.block_c) * cdiv(x.positions, t.bwd_block_p) for x, t in layers
@@ -752,8 +756,8 @@ def _gram_fwd(
             weights,
             C=p.views.channels,
             BLOCK_C=p.tiling.block_c,
-            BLOCK=p.tiling.finish_block,
-            CHUNK=p.tiling.finish_chunk,
+            BLOCK=p.finish_blocks,
+            CHUNK=p.finish_chunks,
             maxnreg=255,  # rather than what lets more programs run at once: there are few
         )
     return losses

@@ -379,8 +379,8 @@ def test_features_are_read_once() -> None:
         torch.autograd.grad(loss, x)
     shares = kernels.splits([P // 128], [1], [B], 2, 132, 2)[0]
     assert shares > 1
-    lower = C * (C + 16) // 2 * B * 4  # what is added up, in blocks of 16
-    programs = B * 4 * 5 // 2
+    lower = C * (C + 32) // 2 * B * 4  # what is added up, in blocks of 32
+    programs = B * 2 * 3 // 2
     assert forward.loaded == F + shares * lower + matrices
     assert forward.stored == shares * matrices + matrices + programs * 4
     steps = math.ceil(P / 256)  # each reads the factor and the scales of its rows
