@@ -104,6 +104,7 @@ def stats_tiling(
         while (
             channels_last
             and blocks * MAX_SPLITS < PROGRAMS * processors
+            and work > MAX_SPLITS * MIN_RUN
             and block_c * itemsize > 32
         ):
             block_c, block_p = block_c // 2, 2 * block_p

@@ -65,6 +65,22 @@ def clear_tilings() -> None:
     _tiling.norm_tiling.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels", "programs"),
+    [
+        ((1, 64, 256 * 256), 16, 256),  # of 64 channels at a time, MAX_SPLITS would allow 64
+        ((4, 64, 256 * 256), 16, 512),
+        ((1, 256, 64 * 64), 64, 128),  # too small for more
+        ((32, 64, 256 * 256), 64, 512),  # enough as it is
+    ],
+)
+def test_few_channels_of_few_images_fill_the_device(
+    shape: tuple[int, int, int], channels: int, programs: int
+) -> None:
+    tiling = _tiling.stats_tiling(True, *shape, 2, True, 132)
+    assert (tiling.block_c, tiling.blocks * tiling.splits) == (channels, programs)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "case",
