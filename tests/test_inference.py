@@ -667,6 +667,7 @@ def test_without_the_extra_one_line_says_what_to_install(module: str) -> None:
     script = f"import sys; sys.modules[{module!r}] = None; import fastgan.inference"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        "ImportError: fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]'"
+    assert last.startswith(
+        "ImportError: fastgan.inference needs Pillow and tqdm: pip install 'fastgan[train]' ("
     )
+    assert module in last
