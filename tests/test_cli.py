@@ -476,3 +476,22 @@ class TestHelp:
             cwd=Path(__file__).parent.parent,
         )  # fmt: skip
         assert ended.stdout.strip() == fastgan.__version__
+
+
+@pytest.mark.parametrize(
+    ("package", "missing", "needs"),
+    [
+        ("fastgan.inference", "PIL", "Pillow and tqdm"),
+        ("fastgan.inference", "tqdm", "Pillow and tqdm"),
+        ("fastgan.training", "tensorboard", "tensorboard and tqdm"),
+        ("fastgan.training", "tqdm", "tensorboard and tqdm"),
+    ],
+)
+def test_without_an_extra_one_line_says_what_to_install(
+    package: str, missing: str, needs: str
+) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; import {package}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: {package} needs {needs}: pip install 'fastgan[train]' (")
+    assert missing in last

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,26 +241,28 @@ def test_the_environment_report_tells_what_the_variable_asks_for() -> None:
     assert "\nwrong: FASTGAN_IMPL=fastest: unknown implementation" in wrong
 
 
-def test_a_stale_extension_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stale:
-        @staticmethod
-        def build_info() -> dict[str, str]:
-            return {"torch": "1.0.0", "cuda": "11.8"}
-
+def reason_against(monkeypatch: pytest.MonkeyPatch, extension: Callable[[str], object]) -> str:
+    """Why an extension that imports as ``extension(name)`` is not used."""
     monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_dispatch.importlib, "import_module", lambda name: Stale)
+    monkeypatch.setattr(_dispatch.importlib, "import_module", extension)
     info, reason = _dispatch._load_native()
     assert info is None
     assert reason is not None
-    assert "was built for torch 1.0.0" in reason
+    return reason
+
+
+def built_with(info: dict[str, str | None]) -> types.SimpleNamespace:
+    return types.SimpleNamespace(build_info=lambda: info)
+
+
+def test_a_stale_extension_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = built_with({"torch": "1.0.0", "cuda": "11.8"})
+    assert "was built for torch 1.0.0" in reason_against(monkeypatch, lambda name: stale)
 
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: _ZN3c10\nmore lines")
 
-    monkeypatch.setattr(_dispatch.importlib, "import_module", broken)
-    info, reason = _dispatch._load_native()
-    assert info is None
-    assert reason is not None
+    reason = reason_against(monkeypatch, broken)
     assert "undefined symbol: _ZN3c10" in reason
     assert "more lines" not in reason
 
@@ -268,17 +271,9 @@ def test_a_stale_extension_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPa
 def test_an_extension_of_an_older_fastgan_is_a_reason(
     lacking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Older:
-        @staticmethod
-        def build_info() -> dict[str, str | None]:
-            info = {"torch": torch.__version__, "cuda": None}
-            return {key: value for key, value in info.items() if key != lacking}
-
-    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_dispatch.importlib, "import_module", lambda name: Older)
-    info, reason = _dispatch._load_native()
-    assert info is None
-    assert reason is not None
+    info = {"torch": torch.__version__, "cuda": None}
+    del info[lacking]
+    reason = reason_against(monkeypatch, lambda name: built_with(info))
     assert "was built for another version of fastgan; rebuild it" in reason
 
 
