@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
+import multiprocessing.resource_sharer
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,12 @@ from fastgan.training import (
 )
 from fastgan.training.config import changed_fields, config_from_json
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
-from fastgan.training.guards import StopSignals, stack_losses
+from fastgan.training.guards import (
+    StopSignals,
+    no_child_signals,
+    reader_errors,
+    stack_losses,
+)
 from fastgan.training.reporting import grid
 from pictures import write_pictures
 
@@ -411,20 +418,82 @@ class TestGuards:
         class Killing(Dummy):
             def draw(self, step: int, *more: Any) -> Any:
                 if step == 5:
-                    for child in multiprocessing.active_children():
+                    for child in set(multiprocessing.active_children()) - others:
                         os.kill(child.pid, signal.SIGKILL)
                 return super().draw(step, *more)
 
+        others = set(multiprocessing.active_children())
         pictures = dataclasses.replace(folders, workers=2)
         with pytest.raises(TrainingError) as caught:
             Trainer(Killing, make_config(pictures, tmp_path, steps=99)).train()
+        assert set(multiprocessing.active_children()) <= others
+        newest = RunFolder(tmp_path).newest()
+        assert newest is not None
         assert re.fullmatch(
-            r"a process that reads pictures was killed \(DataLoader worker \(pid.*\); "
-            rf"last good checkpoint: {RunFolder(tmp_path).newest()}; these help: fewer --workers "
-            r"\(0 reads in the training process\), more shared memory \(docker .*\), .*",
+            rf"a process that reads pictures was killed \(.+\); last good checkpoint: {newest}; "
+            r"these help: fewer --workers \(0 reads in the training process\), "
+            r"more shared memory \(docker .*\), .*",
             str(caught.value),
         )
-        assert "step_00000004" in str(caught.value)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("error", "text"),
+        [
+            (ConnectionResetError(104, "reset"), "[Errno 104] reset"),
+            (EOFError(), "EOFError"),
+        ],
+    )
+    def test_the_connection_to_a_reader_breaks(
+        self,
+        folders: Pictures,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+        text: str,
+    ) -> None:
+        """As when one is killed a moment before its pictures are fetched from it."""
+
+        def detach(self: object) -> int:
+            raise error
+
+        others = set(multiprocessing.active_children())
+        monkeypatch.setattr(multiprocessing.resource_sharer.DupFd, "detach", detach)
+        pictures = dataclasses.replace(folders, workers=1)
+        with pytest.raises(TrainingError) as caught:
+            Trainer(Dummy, make_config(pictures, tmp_path, steps=1)).train()
+        assert str(caught.value).startswith(f"a process that reads pictures was killed ({text}); ")
+        assert set(multiprocessing.active_children()) <= others
+
+    @pytest.mark.parametrize(
+        "text", ["Pin memory thread exited unexpectedly", "Too many open files. Please ..."]
+    )
+    def test_what_was_read_does_not_arrive(self, text: str) -> None:
+        with (
+            pytest.raises(
+                TrainingError, match=rf"^pictures .* did not arrive \({text.strip(' .')}\)"
+            ),
+            reader_errors(lambda: "nothing is left"),
+        ):
+            raise RuntimeError(text)
+
+    def test_other_errors_of_readers_stay(self) -> None:
+        error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+        with pytest.raises(RuntimeError) as caught, reader_errors(lambda: ""):
+            raise error
+        assert caught.value is error
+
+    def test_the_end_of_a_child_interrupts_nothing(self) -> None:
+        def handler(signum: int, frame: object) -> None:
+            raise AssertionError
+
+        before = signal.signal(signal.SIGCHLD, handler)
+        try:
+            with no_child_signals():
+                subprocess.run([sys.executable, "-c", ""], check=True)
+            assert signal.getsignal(signal.SIGCHLD) is handler
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
     @pytest.mark.slow
     def test_full_shared_memory(

@@ -14,14 +14,15 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 try:
     from torchvision.transforms import InterpolationMode
@@ -182,10 +183,11 @@ class PictureStream:
         largest = max(len(domain.paths) for domain in self._domains.values())
         return math.ceil(largest / self._reader.global_batch)
 
-    def batches(self, start: int = 0) -> Iterator[ReadBatch]:
+    def batches(self, start: int = 0) -> Generator[ReadBatch]:
         """The batches from number `start` on, without end.
 
-        Workers live as long as the iterator. Draws nothing from torch's global random numbers.
+        Workers start here and live until the generator is closed or raises. Draws nothing from
+        torch's global random numbers.
 
         Raises:
             ImageError: a file is no readable picture, under `strict`.
@@ -196,14 +198,22 @@ class PictureStream:
             batch_size=None,  # items are batches already
             sampler=itertools.count(start),
             num_workers=self._workers,
-            # Not a server's, whose children die without the signal that tells PyTorch so.
+            # Whatever Python prefers: other ways import PyTorch anew in every worker.
             multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
             prefetch_factor=_PREFETCH if self._workers else None,
             pin_memory=self._pin_memory,
             worker_init_fn=_shield_from_signals,
             generator=torch.Generator(),
         )
-        return map(self._checked, loader)
+        return self._until_closed(iter(loader))
+
+    def _until_closed(self, reads: Iterator[_Read]) -> Generator[ReadBatch]:
+        try:
+            for read in reads:
+                yield self._checked(read)
+        finally:  # PyTorch waits for the last reference, but a traceback can hold one for long
+            if self._workers:
+                cast(_MultiProcessingDataLoaderIter, reads)._shutdown_workers()
 
     def batch(self, number: int) -> ReadBatch:
         """One batch, read by this process. Raises as `batches` does."""

@@ -166,19 +166,37 @@ def memory_errors(hint: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reader_errors(what_is_left: Callable[[], str]) -> Iterator[None]:
-    """Turns the end of a process that reads pictures into a TrainingError.
+def no_child_signals() -> Iterator[None]:
+    """While entered, the end of a child process interrupts nothing.
 
-    PyTorch raises a RuntimeError wherever the training process happens to be.
+    For the processes that read pictures PyTorch handles SIGCHLD, and raises wherever the main
+    thread happens to be: in a step, in the writing of a checkpoint, after training. Without that
+    the next read raises, within 5 seconds.
     """
+    if threading.current_thread() is not threading.main_thread():  # signals cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield
-    except RuntimeError as error:
-        text = str(error).strip(" .\n")
-        if "DataLoader worker (pid" in text:
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@contextlib.contextmanager
+def reader_errors(what_is_left: Callable[[], str]) -> Iterator[None]:
+    """Turns what a read raises if processes cannot do it into a TrainingError."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        text = str(error).strip(" .\n") or type(error).__name__
+        # One that was just killed can count as alive when its connection breaks already.
+        if not isinstance(error, RuntimeError) or "DataLoader worker (pid" in text:
             what = "a process that reads pictures was killed"
         elif "</torch_" in text:  # a file in /dev/shm
             what = "shared memory could not take the pictures that were read"
+        elif text.startswith(("Pin memory thread exited", "Too many open files")):
+            what = "pictures that were read did not arrive"
         else:
             raise
         raise TrainingError(

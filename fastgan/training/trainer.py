@@ -37,6 +37,7 @@ from fastgan.training.guards import (
     TrainingError,
     TrainingInterrupted,
     memory_errors,
+    no_child_signals,
     quiet_tensorboard,
     reader_errors,
     write_errors,
@@ -151,7 +152,6 @@ class Trainer:
         with (
             StopSignals() as signals,
             self._world.together(self._last_good),
-            reader_errors(self._last_good),
             quiet_tensorboard(),
             contextlib.closing(self._reporter()) as reporter,
             memory_errors(self._memory_hint()),
@@ -173,24 +173,27 @@ class Trainer:
         output = self.config.output
         sample_batch = self._sample_batch() if self._first else {}
         batches = self._stream.batches(self.step)
-        while self.step < self.steps:
-            self._one_step(*next(batches))
-            reporter.step()
-            stopped_by = self._world.highest(signals.received or 0)
-            last = self.step == self.steps
-            if last or self.step % output.log_every == 0:
-                self._log(reporter)
-            with reporter.pause():
-                if self._first and (last or self.step % output.sample_every == 0):
-                    self._samples(reporter, sample_batch)
-                if last or stopped_by or self.step % output.checkpoint_every == 0:
-                    self.save()
-            if stopped_by and not last:
-                raise TrainingInterrupted(
-                    stopped_by,
-                    f"{signal.Signals(stopped_by).name} after step {self.step}: saved "
-                    f"{self._checkpoint}, --resume goes on from there",
-                )
+        with no_child_signals(), contextlib.closing(batches):
+            while self.step < self.steps:
+                with reader_errors(self._last_good):
+                    images, paths = next(batches)
+                self._one_step(images, paths)
+                reporter.step()
+                stopped_by = self._world.highest(signals.received or 0)
+                last = self.step == self.steps
+                if last or self.step % output.log_every == 0:
+                    self._log(reporter)
+                with reporter.pause():
+                    if self._first and (last or self.step % output.sample_every == 0):
+                        self._samples(reporter, sample_batch)
+                    if last or stopped_by or self.step % output.checkpoint_every == 0:
+                        self.save()
+                if stopped_by and not last:
+                    raise TrainingInterrupted(
+                        stopped_by,
+                        f"{signal.Signals(stopped_by).name} after step {self.step}: saved "
+                        f"{self._checkpoint}, --resume goes on from there",
+                    )
 
     def save(self) -> Path:
         """Writes a checkpoint, unless what it would hold is not finite.
