@@ -1,15 +1,21 @@
 """The picture stream: every batch a function of its number, bad files named and replaced."""
 
+import contextlib
 import itertools
 import logging
 import math
+import multiprocessing.resource_sharer
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from fastgan.images import ImageError, load_image
-from fastgan.training.data import Augmentation, PictureStream, ReadBatch
+from fastgan.training.data import Augmentation, PictureStream, ReadBatch, ReaderError
+from fastgan.training.guards import quiet_threads
 
 
 def picture(path: Path, width: int = 40, height: int = 36, seed: int = 0) -> Path:
@@ -219,6 +226,161 @@ for number, batch in enumerate(stream.batches()):
         time.sleep(0.2)
     _, error = process.communicate("\n", timeout=60)
     assert error.strip() == f"received [{int(signal.SIGINT)}, {int(signal.SIGTERM)}]"
+
+
+# --- workers that fail ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def all_workers_end() -> Iterator[Callable[[], set[BaseProcess]]]:
+    """Gives the workers there are; afterwards there are none."""
+    others = set(multiprocessing.active_children())
+    yield lambda: set(multiprocessing.active_children()) - others
+    assert set(multiprocessing.active_children()) <= others
+
+
+@pytest.mark.slow
+def test_workers_live_from_the_first_batch_to_the_close(folders: dict[str, Path]) -> None:
+    with all_workers_end() as workers:
+        batches = stream(folders, workers=2).batches()
+        assert not workers()
+        next(batches)
+        assert len(workers()) == 2
+        batches.close()
+        assert not workers()
+
+
+@pytest.mark.slow
+def test_the_death_of_a_worker_interrupts_nothing_but_the_next_read(
+    folders: dict[str, Path],
+) -> None:
+    with all_workers_end() as workers:
+        batches = stream(folders, workers=1).batches()
+        next(batches)
+        (worker,) = workers()
+        os.kill(worker.pid, signal.SIGKILL)
+        while worker.is_alive():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGCHLD)  # should it have come before
+        with pytest.raises(ReaderError, match=r"^a process that reads pictures was killed \("):
+            for _ in batches:
+                pass
+
+
+@pytest.fixture
+def broken_connections(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """As to a worker that is killed a moment before its pictures are fetched from it."""
+
+    def break_them(error: Exception) -> None:
+        def detach(self: object) -> int:
+            raise error
+
+        monkeypatch.setattr(multiprocessing.resource_sharer.DupFd, "detach", detach)
+
+    return break_them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConnectionResetError(104, "reset"), "a process that reads pictures was killed ([Errno 1"),
+        (EOFError(), "a process that reads pictures was killed (EOFError); these help: fewer"),
+        (RuntimeError("received 0 items of ancdata"), "the processes that read pictures failed (r"),
+    ],
+)
+def test_the_connection_to_a_worker_breaks(
+    folders: dict[str, Path],
+    broken_connections: Callable[[Exception], None],
+    error: Exception,
+    text: str,
+) -> None:
+    broken_connections(error)
+    with all_workers_end(), pytest.raises(ReaderError) as caught:
+        next(stream(folders, workers=1).batches())
+    assert str(caught.value).startswith(text)
+
+
+@pytest.mark.slow
+def test_the_connection_of_the_thread_that_pins_memory_breaks(
+    folders: dict[str, Path],
+    broken_connections: Callable[[Exception], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    broken_connections(ConnectionResetError(104, "reset"))
+    # It needs an accelerator to start, but not to fail.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    with (
+        all_workers_end(),
+        quiet_threads(),
+        pytest.raises(ReaderError, match=r"failed \(Pin memory thread exited unexpectedly\)"),
+    ):
+        next(stream(folders, workers=1, pin_memory=True).batches())
+    assert caplog.messages == [
+        "the thread that pins memory: ConnectionResetError: [Errno 104] reset"
+    ]
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+def test_full_shared_memory(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own attempt is in a thread of the worker: training would wait for ever."""
+    full = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+
+    def fail(self: torch.Tensor) -> None:
+        raise RuntimeError(full)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with all_workers_end(), pytest.raises(ReaderError) as caught:
+        next(stream(folders, workers=1).batches())
+    assert str(caught.value).startswith(
+        "shared memory could not take the pictures that were read "
+        f"(RuntimeError: {full}); these help: fewer workers "
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of PyTorch
+def test_no_more_processes(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, forks = os.fork, itertools.count()
+
+    def second_fails() -> int:
+        if next(forks) == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", second_fails)
+    with pytest.raises(ReaderError, match=r"failed \(\[Errno 11\] Resource temporarily"):
+        next(stream(folders, workers=2).batches())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_code_in_a_worker_stay_what_they_are(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    pictures = stream(folders, workers=workers)
+
+    def fail(self: Augmentation, *given: object) -> Tensor:
+        raise EOFError("a bug")
+
+    monkeypatch.setattr(Augmentation, "__call__", fail)
+    with all_workers_end(), pytest.raises(EOFError, match="a bug"):
+        next(pictures.batches())
+
+
+def test_what_a_worker_sends_fits_one_write_to_a_pipe(tmp_path: Path) -> None:
+    """Else training could wait for the rest of what one was killed amid."""
+    folder = tmp_path / ("long" * 50)
+    for number in range(300):
+        picture(folder / f"{number:0200d}.png", 16, 16)
+    read = stream({"a": folder, "b": folder}, batch_size=128)._reader[1]
+    assert len(ForkingPickler.dumps(read)) < select.PIPE_BUF
 
 
 # --- augmentation -----------------------------------------------------------------------------

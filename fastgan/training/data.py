@@ -7,6 +7,7 @@ a resumed run sees the batches it would have seen, and N processes share the bat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -21,8 +22,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 try:
     from torchvision.transforms import InterpolationMode
@@ -32,7 +33,7 @@ except ImportError as error:
 
 from fastgan.images import ImageError, find_images, load_image, no_pictures
 
-__all__ = ["Augmentation", "PictureStream"]
+__all__ = ["Augmentation", "PictureStream", "ReaderError"]
 
 log = logging.getLogger(__name__)
 
@@ -186,12 +187,13 @@ class PictureStream:
     def batches(self, start: int = 0) -> Generator[ReadBatch]:
         """The batches from number `start` on, without end.
 
-        Workers start here and live until the generator is closed or raises. Draws nothing from
-        torch's global random numbers.
+        Workers live from the first batch until the generator is closed or raises. Draws nothing
+        from torch's global random numbers.
 
         Raises:
             ImageError: a file is no readable picture, under `strict`.
             ValueError: a folder no longer holds a readable picture.
+            ReaderError: a worker was killed, or could not be started or pass on what it read.
         """
         loader = DataLoader(
             self._reader,
@@ -205,15 +207,14 @@ class PictureStream:
             worker_init_fn=_shield_from_signals,
             generator=torch.Generator(),
         )
-        return self._until_closed(iter(loader))
-
-    def _until_closed(self, reads: Iterator[_Read]) -> Generator[ReadBatch]:
-        try:
-            for read in reads:
+        errors = _reader_errors if self._workers else contextlib.nullcontext
+        with errors():
+            reads = iter(loader)
+        with _own_workers(reads) if self._workers else contextlib.nullcontext():
+            while True:
+                with errors():
+                    read = next(reads)
                 yield self._checked(read)
-        finally:  # PyTorch waits for the last reference, but a traceback can hold one for long
-            if self._workers:
-                cast(_MultiProcessingDataLoaderIter, reads)._shutdown_workers()
 
     def batch(self, number: int) -> ReadBatch:
         """One batch, read by this process. Raises as `batches` does."""
@@ -244,13 +245,64 @@ class PictureStream:
             if not find_images(folder):
                 raise ValueError(f"{read.exhausted}: {no_pictures(folder)}")
             raise ValueError(f"{read.exhausted}: no readable picture in {folder}")
-        return read.batch
+        files = read.files.items()
+        paths = [self._domains[domain].paths[index] for domain, own in files for index in own]
+        return ReadBatch(read.images, paths)
+
+
+class ReaderError(RuntimeError):
+    """A process that reads pictures was killed, or could not be started or pass on what it read."""
+
+
+@contextlib.contextmanager
+def _reader_errors() -> Iterator[None]:
+    """Turns what PyTorch raises of itself, not of the code in its workers, into a ReaderError."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        text = str(error).strip(" .\n") or type(error).__name__
+        if "</torch_" in text:  # a file in /dev/shm
+            what = "shared memory could not take the pictures that were read"
+        elif text.startswith("Caught "):
+            raise
+        # The connection to one just killed can break while it still counts as alive.
+        elif "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
+            what = "a process that reads pictures was killed"
+        else:
+            what = "the processes that read pictures failed"
+        raise ReaderError(
+            f"{what} ({text.splitlines()[-1]}); these help: fewer workers (0 reads in the training "
+            "process), more shared memory (docker run --shm-size=1g), more open files (ulimit -n)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_workers(reads: Iterator[_Read]) -> Iterator[None]:
+    """The workers of `reads`, an iterator of a DataLoader, end here and interrupt nothing before.
+
+    By itself PyTorch raises wherever the main thread happens to be when a worker dies, even after
+    the last read; here the next read that misses it raises, within 5 seconds. And PyTorch ends
+    workers with the last reference to the iterator, which a traceback can hold for long.
+    """
+    iterator = cast(Any, reads)
+    _remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    try:
+        yield
+    finally:
+        iterator._shutdown_workers()
 
 
 class _Read(NamedTuple):
-    """What a worker has to say; only the training process warns and raises."""
+    """What a worker has to say; only the training process warns and raises.
 
-    batch: ReadBatch
+    Small when pickled: a worker killed while it writes more than a pipe takes at once would leave
+    the training process waiting for the rest.
+    """
+
+    images: dict[str, Tensor]
+    files: dict[str, list[int]]
+    """By domain: where they are in its `paths`."""
     unreadable: dict[Path, str]
     small: str | None
     """The first picture smaller than the crop, if there was one."""
@@ -275,24 +327,26 @@ class _Reader(Dataset[_Read]):
         self._part = range(rank * batch_size, (rank + 1) * batch_size)
 
     def __getitem__(self, number: int) -> _Read:
-        batch = ReadBatch({}, [])
+        batch: dict[str, Tensor] = {}
+        files: dict[str, list[int]] = {}
         exhausted = None
         for name, domain in self._domains.items():
             crops = []
+            files[name] = []
             for offset in self._part:
                 sample = domain.sample(number * self.global_batch + offset)
                 if sample is None:
                     exhausted = name
                     break
-                crop, path = sample
+                crop, index = sample
                 crops.append(crop.permute(1, 2, 0))
-                batch.paths.append(path)
+                files[name].append(index)
             else:
                 images = torch.stack(crops).permute(0, 3, 1, 2)
                 if get_worker_info() is not None:
                     images.share_memory_()  # raises here, where left to the queue all would hang
-                batch.images[name] = images
-        return _Read(batch, *self._loader.take_notes(), exhausted)
+                batch[name] = images
+        return _Read(batch, files, *self._loader.take_notes(), exhausted)
 
 
 class _Domain:
@@ -307,8 +361,8 @@ class _Domain:
         self._loader = loader
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def sample(self, position: int) -> tuple[Tensor, Path] | None:
-        """Crop, uint8 [3,size,size], and the file it is from; None if no file is readable."""
+    def sample(self, position: int) -> tuple[Tensor, int] | None:
+        """Crop, uint8 [3,size,size], and whose of `paths` it is; None if no file is readable."""
         if not self.paths:
             return None
         epoch, place = divmod(position, len(self.paths))
@@ -317,11 +371,11 @@ class _Domain:
             self._order = (epoch, order)
         first = int(self._order[1][place])
         for step in range(len(self.paths)):
-            path = self.paths[(first + step) % len(self.paths)]
-            picture = self._loader(path)
+            index = (first + step) % len(self.paths)
+            picture = self._loader(self.paths[index])
             if picture is not None:
                 random = np.random.default_rng((*self._key, _AUGMENT, position))
-                return self._augmentation(picture, random), path
+                return self._augmentation(picture, random), index
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgan.device import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -166,47 +169,6 @@ def memory_errors(hint: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_child_signals() -> Iterator[None]:
-    """While entered, the end of a child process interrupts nothing.
-
-    For the processes that read pictures PyTorch handles SIGCHLD, and raises wherever the main
-    thread happens to be: in a step, in the writing of a checkpoint, after training. Without that
-    the next read raises, within 5 seconds.
-    """
-    if threading.current_thread() is not threading.main_thread():  # signals cannot be set
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-@contextlib.contextmanager
-def reader_errors(what_is_left: Callable[[], str]) -> Iterator[None]:
-    """Turns what a read raises if processes cannot do it into a TrainingError."""
-    try:
-        yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        text = str(error).strip(" .\n") or type(error).__name__
-        # One that was just killed can count as alive when its connection breaks already.
-        if not isinstance(error, RuntimeError) or "DataLoader worker (pid" in text:
-            what = "a process that reads pictures was killed"
-        elif "</torch_" in text:  # a file in /dev/shm
-            what = "shared memory could not take the pictures that were read"
-        elif text.startswith(("Pin memory thread exited", "Too many open files")):
-            what = "pictures that were read did not arrive"
-        else:
-            raise
-        raise TrainingError(
-            f"{what} ({text.splitlines()[-1]}); {what_is_left()}; these help: fewer --workers "
-            "(0 reads in the training process), more shared memory (docker run --shm-size=1g), "
-            "more open files (ulimit -n)"
-        ) from error
-
-
-@contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turns an OSError, which need not say what could not be written, into a TrainingError."""
     try:
@@ -216,15 +178,18 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_tensorboard() -> Iterator[None]:
-    """While entered, a thread of TensorBoard that cannot write ends without a traceback.
+def quiet_threads() -> Iterator[None]:
+    """While entered, threads of libraries end without a traceback, as what they do is missed later.
 
-    Nothing is lost: the writer raises the same error at its next use.
+    One of TensorBoard that cannot write: the writer raises the same error at its next use. One of
+    PyTorch that cannot read what a worker has read: the next read raises that it has ended.
     """
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if not (_is_tensorboard(args.thread) and isinstance(args.exc_value, OSError)):
+        if _pins_memory(args.thread):
+            log.error("the thread that pins memory: %s: %s", args.exc_type.__name__, args.exc_value)
+        elif not (_is_tensorboard(args.thread) and isinstance(args.exc_value, OSError)):
             before(args)
 
     threading.excepthook = hook
@@ -239,6 +204,10 @@ def quiet_tensorboard() -> Iterator[None]:
 
 def _is_tensorboard(thread: threading.Thread | None) -> bool:
     return type(thread).__module__.partition(".")[0] == "tensorboard"
+
+
+def _pins_memory(thread: threading.Thread | None) -> bool:
+    return thread is not None and "(_pin_memory_loop)" in thread.name
 
 
 class StopSignals:

@@ -29,7 +29,7 @@ from fastgan.training.config import (
     config_from_json,
     with_absolute_folders,
 )
-from fastgan.training.data import PictureStream, changed_folders
+from fastgan.training.data import PictureStream, ReaderError, changed_folders
 from fastgan.training.distributed import decode, encode, join_world, own_device
 from fastgan.training.engines import make_engine
 from fastgan.training.guards import (
@@ -37,9 +37,7 @@ from fastgan.training.guards import (
     TrainingError,
     TrainingInterrupted,
     memory_errors,
-    no_child_signals,
-    quiet_tensorboard,
-    reader_errors,
+    quiet_threads,
     write_errors,
 )
 from fastgan.training.reporting import Reporter, Silence
@@ -152,7 +150,7 @@ class Trainer:
         with (
             StopSignals() as signals,
             self._world.together(self._last_good),
-            quiet_tensorboard(),
+            quiet_threads(),
             contextlib.closing(self._reporter()) as reporter,
             memory_errors(self._memory_hint()),
         ):
@@ -172,11 +170,12 @@ class Trainer:
     def _loop(self, reporter: Reporter | Silence, signals: StopSignals) -> None:
         output = self.config.output
         sample_batch = self._sample_batch() if self._first else {}
-        batches = self._stream.batches(self.step)
-        with no_child_signals(), contextlib.closing(batches):
+        with contextlib.closing(self._stream.batches(self.step)) as batches:
             while self.step < self.steps:
-                with reader_errors(self._last_good):
+                try:
                     images, paths = next(batches)
+                except ReaderError as error:
+                    raise TrainingError(f"{error}; {self._last_good()}") from error
                 self._one_step(images, paths)
                 reporter.step()
                 stopped_by = self._world.highest(signals.received or 0)
