@@ -57,8 +57,12 @@ class RunFolder:
         """Makes what is missing of the folder, which must be writable.
 
         Raises:
-            ValueError: it cannot be made or written to.
+            ValueError: it cannot be made or written to, or not by TensorBoard.
         """
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"out: TensorBoard needs a name in UTF-8, got {self.path}") from None
         try:
             for folder in (self._checkpoints, self._samples):
                 folder.mkdir(parents=True, exist_ok=True)
