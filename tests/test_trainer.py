@@ -432,7 +432,7 @@ class TestGuards:
         newest = RunFolder(tmp_path).newest()
         assert newest is not None
         assert re.fullmatch(
-            r"a process that reads pictures was killed \(.+\); these help: fewer workers "
+            r"a process that reads pictures was killed \(signal 9\); these help: fewer workers "
             r"\(0 reads in the training process\), more shared memory \(docker .*\), .*; "
             rf"last good checkpoint: {newest}",
             str(caught.value),

@@ -13,11 +13,14 @@ import hashlib
 import itertools
 import logging
 import math
+import multiprocessing.connection
 import os
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Generator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _MAX_ASPECT = 8  # a longer strip is cut to its middle, lest scaling it up fill the memory
 _PREFETCH = 4  # batches per worker
+_SHARED_FILE = "</torch_"  # how PyTorch's errors name a file in /dev/shm
 
 _ORDER, _AUGMENT = range(2)  # what the random numbers of a stream are drawn for
 
@@ -207,13 +211,8 @@ class PictureStream:
             worker_init_fn=_shield_from_signals,
             generator=torch.Generator(),
         )
-        errors = _reader_errors if self._workers else contextlib.nullcontext
-        with errors():
-            reads = iter(loader)
-        with _own_workers(reads) if self._workers else contextlib.nullcontext():
-            while True:
-                with errors():
-                    read = next(reads)
+        with contextlib.closing(_reads(loader)) as reads:
+            for read in reads:
                 yield self._checked(read)
 
     def batch(self, number: int) -> ReadBatch:
@@ -245,8 +244,11 @@ class PictureStream:
             if not find_images(folder):
                 raise ValueError(f"{read.exhausted}: {no_pictures(folder)}")
             raise ValueError(f"{read.exhausted}: no readable picture in {folder}")
-        files = read.files.items()
-        paths = [self._domains[domain].paths[index] for domain, own in files for index in own]
+        paths = [
+            self._domains[domain].paths[index]
+            for domain, indices in read.indices.items()
+            for index in indices
+        ]
         return ReadBatch(read.images, paths)
 
 
@@ -254,55 +256,71 @@ class ReaderError(RuntimeError):
     """A process that reads pictures was killed, or could not be started or pass on what it read."""
 
 
-@contextlib.contextmanager
-def _reader_errors() -> Iterator[None]:
-    """Turns what PyTorch raises of itself, not of the code in its workers, into a ReaderError."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        text = str(error).strip(" .\n") or type(error).__name__
-        if "</torch_" in text:  # a file in /dev/shm
-            what = "shared memory could not take the pictures that were read"
-        elif text.startswith("Caught "):
-            raise
-        # The connection to one just killed can break while it still counts as alive.
-        elif "DataLoader worker (pid" in text or isinstance(error, (ConnectionError, EOFError)):
-            what = "a process that reads pictures was killed"
-        else:
-            what = "the processes that read pictures failed"
-        raise ReaderError(
-            f"{what} ({text.splitlines()[-1]}); these help: fewer workers (0 reads in the training "
-            "process), more shared memory (docker run --shm-size=1g), more open files (ulimit -n)"
-        ) from error
-
-
-@contextlib.contextmanager
-def _own_workers(reads: Iterator[_Read]) -> Iterator[None]:
-    """The workers of `reads`, an iterator of a DataLoader, end here and interrupt nothing before.
+def _reads(loader: DataLoader[_Read]) -> Generator[_Read]:
+    """What `loader` reads. Its workers end with the generator and interrupt nothing before.
 
     By itself PyTorch raises wherever the main thread happens to be when a worker dies, even after
-    the last read; here the next read that misses it raises, within 5 seconds. And PyTorch ends
-    workers with the last reference to the iterator, which a traceback can hold for long.
+    the last read; here the read that misses it raises, 5 seconds after the last batch arrived. And
+    PyTorch ends workers with the last reference to them, which a traceback can hold for long.
     """
-    iterator = cast(Any, reads)
-    _remove_worker_pids(id(iterator))
-    iterator._worker_pids_set = False
+    if not loader.num_workers:
+        yield from loader
+        return
+    iterator: Any = None
     try:
-        yield
+        iterator = iter(loader)
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+        while True:
+            yield next(iterator)
+    except (RuntimeError, OSError, EOFError) as error:
+        if iterator is None:
+            traceback.clear_frames(error.__traceback__)  # which hold the workers that did start
+        if _is_of_reader(error):
+            raise
+        workers = [] if iterator is None else iterator._workers
+        raise ReaderError(
+            f"{_failure(error, workers)}; these help: fewer workers (0 reads in the training "
+            "process), more shared memory (docker run --shm-size=1g), more open files (ulimit -n)"
+        ) from error
     finally:
-        iterator._shutdown_workers()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def _is_of_reader(error: Exception) -> bool:
+    """Whether the code in a worker raised it, or the GPU, not the machinery between processes."""
+    text = str(error)
+    raised = text.startswith("Caught ") and _SHARED_FILE not in text
+    return raised or isinstance(error, torch.AcceleratorError)
+
+
+def _failure(error: Exception, workers: Sequence[BaseProcess]) -> str:
+    lines = str(error).strip(" .\n").splitlines() or [type(error).__name__]
+    if _SHARED_FILE in lines[-1]:
+        return f"shared memory could not take the pictures that were read ({lines[-1]})"
+    # The connection to one just killed can break before its end is seen, and that before its code.
+    sentinels = [worker.sentinel for worker in workers]
+    ended = multiprocessing.connection.wait(sentinels, timeout=1)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=1)
+        if code := worker.exitcode:
+            how = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
+            return f"a process that reads pictures {how}"
+    return f"the processes that read pictures failed ({lines[0]})"
 
 
 class _Read(NamedTuple):
     """What a worker has to say; only the training process warns and raises.
 
-    Small when pickled: a worker killed while it writes more than a pipe takes at once would leave
-    the training process waiting for the rest.
+    Small when pickled, with indices instead of paths: a worker killed between two writes to the
+    pipe would leave the training process waiting for the second. One takes hundreds of pictures.
     """
 
     images: dict[str, Tensor]
-    files: dict[str, list[int]]
-    """By domain: where they are in its `paths`."""
+    indices: dict[str, list[int]]
+    """By domain: which of its `paths` the images are from."""
     unreadable: dict[Path, str]
     small: str | None
     """The first picture smaller than the crop, if there was one."""
@@ -327,12 +345,12 @@ class _Reader(Dataset[_Read]):
         self._part = range(rank * batch_size, (rank + 1) * batch_size)
 
     def __getitem__(self, number: int) -> _Read:
-        batch: dict[str, Tensor] = {}
-        files: dict[str, list[int]] = {}
+        images: dict[str, Tensor] = {}
+        indices: dict[str, list[int]] = {}
         exhausted = None
         for name, domain in self._domains.items():
             crops = []
-            files[name] = []
+            indices[name] = []
             for offset in self._part:
                 sample = domain.sample(number * self.global_batch + offset)
                 if sample is None:
@@ -340,13 +358,12 @@ class _Reader(Dataset[_Read]):
                     break
                 crop, index = sample
                 crops.append(crop.permute(1, 2, 0))
-                files[name].append(index)
+                indices[name].append(index)
             else:
-                images = torch.stack(crops).permute(0, 3, 1, 2)
+                images[name] = torch.stack(crops).permute(0, 3, 1, 2)
                 if get_worker_info() is not None:
-                    images.share_memory_()  # raises here, where left to the queue all would hang
-                batch[name] = images
-        return _Read(batch, files, *self._loader.take_notes(), exhausted)
+                    images[name].share_memory_()  # raises; left to the queue, all would hang
+        return _Read(images, indices, *self._loader.take_notes(), exhausted)
 
 
 class _Domain:
@@ -362,7 +379,7 @@ class _Domain:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def sample(self, position: int) -> tuple[Tensor, int] | None:
-        """Crop, uint8 [3,size,size], and whose of `paths` it is; None if no file is readable."""
+        """Crop, uint8 [3,size,size], and its index in `paths`; None if no file is readable."""
         if not self.paths:
             return None
         epoch, place = divmod(position, len(self.paths))

@@ -179,16 +179,17 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_threads() -> Iterator[None]:
-    """While entered, threads of libraries end without a traceback, as what they do is missed later.
+    """While entered, threads of libraries end without a traceback; what uses them raises anyway.
 
     One of TensorBoard that cannot write: the writer raises the same error at its next use. One of
-    PyTorch that cannot read what a worker has read: the next read raises that it has ended.
+    PyTorch that cannot fetch what a worker has read: so does the next read, without the reason,
+    which is logged.
     """
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if _pins_memory(args.thread):
-            log.error("the thread that pins memory: %s: %s", args.exc_type.__name__, args.exc_value)
+            log.error("the thread that pins memory: %r", args.exc_value)
         elif not (_is_tensorboard(args.thread) and isinstance(args.exc_value, OSError)):
             before(args)
 

@@ -134,8 +134,8 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: SIGINT or SIGTERM came; the state was saved.
-            TrainingError: a loss is not finite, memory is exhausted, a process that reads pictures
-                was killed, or a file of the run could not be written.
+            TrainingError: a loss is not finite, memory is exhausted, the processes that read
+                pictures failed, or a file of the run could not be written.
             fastgan.checkpoint.CheckpointError: a checkpoint could not be written.
             fastgan.images.ImageError: a file is no readable picture, under ``strict``.
         """
