@@ -566,7 +566,7 @@ def tiling(channels: int, itemsize: int, align: int, precision: str) -> Tiling:
         bwd_block_p //= 2
     if align * itemsize < 4:  # too narrow for asynchronous copies
         block_p = 32
-        bwd_block_p = 64
+        bwd_block_p = 64 if small else 32
         bwd_block_k = min(block_c, 32)
     padded = cdiv(channels, block_c) * block_c
     return Tiling(
