@@ -1,6 +1,9 @@
-"""Folders of small pictures for tests."""
+"""Folders of small pictures for tests, and the processes that read them."""
 
-from collections.abc import Sequence
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -25,3 +28,11 @@ def write_folders(root: Path, names: Sequence[str], count: int = 5) -> None:
             ramp = np.linspace(0, 200, width)[None, :, None] * rng.random((1, 1, 3))
             pixels = ramp + rng.integers(0, 55, (height, width, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(root / domain / f"{number}.png")
+
+
+@contextlib.contextmanager
+def all_workers_end() -> Iterator[Callable[[], set[BaseProcess]]]:
+    """Gives the workers there are; afterwards there are none."""
+    others = set(multiprocessing.active_children())
+    yield lambda: set(multiprocessing.active_children()) - others
+    assert set(multiprocessing.active_children()) <= others

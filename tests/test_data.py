@@ -1,6 +1,5 @@
 """The picture stream: every batch a function of its number, bad files named and replaced."""
 
-import contextlib
 import itertools
 import logging
 import math
@@ -14,8 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from torch import Tensor
 from fastgan.images import ImageError, load_image
 from fastgan.training.data import Augmentation, PictureStream, ReadBatch, ReaderError
 from fastgan.training.guards import quiet_threads
+from pictures import all_workers_end
 
 
 def picture(path: Path, width: int = 40, height: int = 36, seed: int = 0) -> Path:
@@ -236,14 +235,6 @@ for number, batch in enumerate(stream.batches()):
 half_built = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@contextlib.contextmanager
-def all_workers_end() -> Iterator[Callable[[], set[BaseProcess]]]:
-    """Gives the workers there are; afterwards there are none."""
-    others = set(multiprocessing.active_children())
-    yield lambda: set(multiprocessing.active_children()) - others
-    assert set(multiprocessing.active_children()) <= others
-
-
 @pytest.mark.slow
 def test_workers_live_from_the_first_batch_to_the_close(folders: dict[str, Path]) -> None:
     with all_workers_end() as workers:
@@ -367,8 +358,10 @@ def test_no_more_processes(folders: dict[str, Path], monkeypatch: pytest.MonkeyP
         return fork()
 
     monkeypatch.setattr(os, "fork", second_fails)
-    with all_workers_end(), pytest.raises(ReaderError, match=r"failed \(\[Errno 11\] Resource"):
+    # `held` keeps the traceback, and what it refers to.
+    with all_workers_end(), pytest.raises(ReaderError, match=r"failed \(\[Errno 11\]") as held:
         next(stream(folders, workers=2).batches())
+    assert str(held.value).startswith("the processes that read pictures failed (")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -38,7 +37,7 @@ from fastgan.training.config import changed_fields, config_from_json
 from fastgan.training.engine import EagerEngine, WeightAverage, phase_parameters
 from fastgan.training.guards import StopSignals, stack_losses
 from fastgan.training.reporting import grid
-from pictures import write_pictures
+from pictures import all_workers_end, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -415,7 +414,7 @@ class TestGuards:
         def kill_before(function: Callable[..., Any]) -> Callable[..., Any]:
             def killing(*given: Any, **named: Any) -> Any:
                 if trainer.step >= 4:
-                    for reader in set(multiprocessing.active_children()) - others:
+                    for reader in readers():
                         os.kill(reader.pid, signal.SIGKILL)
                 return function(*given, **named)
 
@@ -423,12 +422,10 @@ class TestGuards:
 
         target, name = (Dummy, "draw") if moment == "in a step" else (checkpoint, "save")
         monkeypatch.setattr(target, name, kill_before(getattr(target, name)))
-        others = set(multiprocessing.active_children())
         pictures = dataclasses.replace(folders, workers=2)
         trainer = Trainer(Dummy, make_config(pictures, tmp_path, steps=99))
-        with pytest.raises(TrainingError) as caught:
+        with all_workers_end() as readers, pytest.raises(TrainingError) as caught:
             trainer.train()
-        assert set(multiprocessing.active_children()) <= others
         newest = RunFolder(tmp_path).newest()
         assert newest is not None
         assert re.fullmatch(
